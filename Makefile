@@ -1,0 +1,70 @@
+# Kedge. `make setup` once, then `make test`, `make demo`. Another environment: `make check BIN=/path/to/venv/bin`.
+
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    ?= $(VENV)/bin
+STAMP  := $(VENV)/.kedge-setup
+
+# Whoever names an environment of their own has set it up; otherwise every target sees to .venv first.
+ifeq ($(BIN),$(VENV)/bin)
+SETUP := $(STAMP)
+endif
+
+# One thread: processes outnumber cores here, and two threads a process are 25 times slower than one.
+# No test may reach for a model hub. The two paths make the packages importable without an installation.
+OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+IMPORT  := PYTHONPATH=$(CURDIR):$(CURDIR)/proto
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test check demo bench tiny-model knobs stubs format clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+setup: $(STAMP)  ## .venv with everything, pinned by constraints.txt (about 90 s, 1.5 GB)
+	@echo "ready: $(BIN)"
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
+	  "Kedge needs Python 3.11 or newer; $(PYTHON) is %d.%d. Try: make setup PYTHON=python3.11" % v[:2])'
+	@echo "setup 1/2: a virtual environment in $(VENV), with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "setup 2/2: installing kedge and its dependencies as pinned in constraints.txt (about 90 s)"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(VENV)/bin/python -m pip check
+	@touch $(STAMP)
+
+test: $(SETUP)  ## all tests, offline, on one thread a process
+	$(OFFLINE) $(BIN)/python -m pytest -q --durations=10 $(ARGS)
+
+check: $(SETUP)  ## style, types, rooms, README tree, stubs, knob table
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(IMPORT) $(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/python tools/check_tree.py
+	$(BIN)/python tools/check_stubs.py
+	$(BIN)/python tools/check_knobs.py
+
+demo: $(SETUP)  ## three stages, anchor and sampler on this machine learn to add
+	$(OFFLINE) $(BIN)/swarm_worker local --config examples/tiny/run.toml --stages 3 --out runs/demo --fresh
+
+bench: $(SETUP)  ## what the codec, the links and a tick cost on this machine
+	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.bench $(ARGS)
+
+tiny-model: $(SETUP)  ## rebuild examples/tiny/model and its data from seeds
+	$(OFFLINE) $(BIN)/python examples/tiny/build.py
+
+knobs: $(SETUP)  ## rewrite docs/knobs.md
+	$(BIN)/python tools/check_knobs.py --write
+
+stubs: $(SETUP)  ## rewrite the generated files in proto/
+	$(BIN)/python tools/make_stubs.py
+
+format: $(SETUP)  ## let ruff put imports and layout right
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove caches, build leftovers and runs/demo; .venv and other runs stay
+	rm -rf build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -type d -prune -exec rm -rf {} +

@@ -1,0 +1,425 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class FrameKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FRAME_KIND_UNSPECIFIED: _ClassVar[FrameKind]
+    HELLO: _ClassVar[FrameKind]
+    WELCOME: _ClassVar[FrameKind]
+    READY: _ClassVar[FrameKind]
+    START: _ClassVar[FrameKind]
+    STOP: _ClassVar[FrameKind]
+    REPORT: _ClassVar[FrameKind]
+    SAVED: _ClassVar[FrameKind]
+    BATCH: _ClassVar[FrameKind]
+    BEGIN: _ClassVar[FrameKind]
+    ACTIVATION: _ClassVar[FrameKind]
+    GRADIENT: _ClassVar[FrameKind]
+    VOTE: _ClassVar[FrameKind]
+    DECIDE: _ClassVar[FrameKind]
+    ORDER: _ClassVar[FrameKind]
+    ROLLOUTS: _ClassVar[FrameKind]
+    FETCH: _ClassVar[FrameKind]
+    WEIGHTS: _ClassVar[FrameKind]
+    SKETCH: _ClassVar[FrameKind]
+    BASIS: _ClassVar[FrameKind]
+
+class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TRAIN: _ClassVar[Mode]
+    SCORE: _ClassVar[Mode]
+    REFERENCE: _ClassVar[Mode]
+    DECODE: _ClassVar[Mode]
+
+class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    HOLD: _ClassVar[Outcome]
+    COMMIT: _ClassVar[Outcome]
+    SKIP: _ClassVar[Outcome]
+    RETRY: _ClassVar[Outcome]
+FRAME_KIND_UNSPECIFIED: FrameKind
+HELLO: FrameKind
+WELCOME: FrameKind
+READY: FrameKind
+START: FrameKind
+STOP: FrameKind
+REPORT: FrameKind
+SAVED: FrameKind
+BATCH: FrameKind
+BEGIN: FrameKind
+ACTIVATION: FrameKind
+GRADIENT: FrameKind
+VOTE: FrameKind
+DECIDE: FrameKind
+ORDER: FrameKind
+ROLLOUTS: FrameKind
+FETCH: FrameKind
+WEIGHTS: FrameKind
+SKETCH: FrameKind
+BASIS: FrameKind
+TRAIN: Mode
+SCORE: Mode
+REFERENCE: Mode
+DECODE: Mode
+HOLD: Outcome
+COMMIT: Outcome
+SKIP: Outcome
+RETRY: Outcome
+
+class Frame(_message.Message):
+    __slots__ = ("header", "payload")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    header: FrameHeader
+    payload: bytes
+    def __init__(self, header: _Optional[_Union[FrameHeader, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class FrameHeader(_message.Message):
+    __slots__ = ("run", "lineage", "kind", "mode", "epoch", "tick", "attempt", "batch", "slice", "microbatch", "receiver", "chunk", "chunks", "checksum", "total_bytes")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TICK_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    PASS_FIELD_NUMBER: _ClassVar[int]
+    SLICE_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCH_FIELD_NUMBER: _ClassVar[int]
+    RECEIVER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    run: int
+    lineage: int
+    kind: int
+    mode: int
+    epoch: int
+    tick: int
+    attempt: int
+    batch: int
+    slice: int
+    microbatch: int
+    receiver: int
+    chunk: int
+    chunks: int
+    checksum: int
+    total_bytes: int
+    def __init__(self, run: _Optional[int] = ..., lineage: _Optional[int] = ..., kind: _Optional[int] = ..., mode: _Optional[int] = ..., epoch: _Optional[int] = ..., tick: _Optional[int] = ..., attempt: _Optional[int] = ..., batch: _Optional[int] = ..., slice: _Optional[int] = ..., microbatch: _Optional[int] = ..., receiver: _Optional[int] = ..., chunk: _Optional[int] = ..., chunks: _Optional[int] = ..., checksum: _Optional[int] = ..., total_bytes: _Optional[int] = ..., **kwargs) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("role", "stage", "replica", "address", "protocol", "manifest_digest", "versions", "offers_replay")
+    class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    OFFERS_REPLAY_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    stage: int
+    replica: int
+    address: str
+    protocol: int
+    manifest_digest: str
+    versions: _containers.ScalarMap[str, str]
+    offers_replay: bool
+    def __init__(self, role: _Optional[str] = ..., stage: _Optional[int] = ..., replica: _Optional[int] = ..., address: _Optional[str] = ..., protocol: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., offers_replay: _Optional[bool] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("manifest", "manifest_digest", "epoch")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    manifest: str
+    manifest_digest: str
+    epoch: int
+    def __init__(self, manifest: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class Ready(_message.Message):
+    __slots__ = ("parameters", "parameter_bytes", "model_fingerprint")
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    parameters: int
+    parameter_bytes: int
+    model_fingerprint: str
+    def __init__(self, parameters: _Optional[int] = ..., parameter_bytes: _Optional[int] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
+
+class Start(_message.Message):
+    __slots__ = ("epoch", "stage_addresses", "checkpoint", "shard_digests")
+    class ShardDigestsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: str
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[str] = ...) -> None: ...
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STAGE_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    SHARD_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    stage_addresses: _containers.RepeatedScalarFieldContainer[str]
+    checkpoint: str
+    shard_digests: _containers.ScalarMap[int, str]
+    def __init__(self, epoch: _Optional[int] = ..., stage_addresses: _Optional[_Iterable[str]] = ..., checkpoint: _Optional[str] = ..., shard_digests: _Optional[_Mapping[int, str]] = ...) -> None: ...
+
+class Stop(_message.Message):
+    __slots__ = ("reason", "now")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    NOW_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    now: bool
+    def __init__(self, reason: _Optional[str] = ..., now: _Optional[bool] = ...) -> None: ...
+
+class LedgerRow(_message.Message):
+    __slots__ = ("tick", "link", "direction", "kind", "dense_bytes", "packet_bytes", "message_bytes", "frames")
+    TICK_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    DIRECTION_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    DENSE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PACKET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    tick: int
+    link: str
+    direction: str
+    kind: str
+    dense_bytes: int
+    packet_bytes: int
+    message_bytes: int
+    frames: int
+    def __init__(self, tick: _Optional[int] = ..., link: _Optional[str] = ..., direction: _Optional[str] = ..., kind: _Optional[str] = ..., dense_bytes: _Optional[int] = ..., packet_bytes: _Optional[int] = ..., message_bytes: _Optional[int] = ..., frames: _Optional[int] = ...) -> None: ...
+
+class Report(_message.Message):
+    __slots__ = ("type", "tick", "numbers", "words", "ledger")
+    class NumbersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class WordsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    TICK_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    WORDS_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
+    type: str
+    tick: int
+    numbers: _containers.ScalarMap[str, float]
+    words: _containers.ScalarMap[str, str]
+    ledger: _containers.RepeatedCompositeFieldContainer[LedgerRow]
+    def __init__(self, type: _Optional[str] = ..., tick: _Optional[int] = ..., numbers: _Optional[_Mapping[str, float]] = ..., words: _Optional[_Mapping[str, str]] = ..., ledger: _Optional[_Iterable[_Union[LedgerRow, _Mapping]]] = ...) -> None: ...
+
+class Saved(_message.Message):
+    __slots__ = ("tick", "checkpoint", "file", "digest", "bytes")
+    TICK_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    tick: int
+    checkpoint: str
+    file: str
+    digest: str
+    bytes: int
+    def __init__(self, tick: _Optional[int] = ..., checkpoint: _Optional[str] = ..., file: _Optional[str] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class BatchData(_message.Message):
+    __slots__ = ("batch", "weight_version", "basis_version", "id_bytes", "prompt_lengths", "completion_lengths", "slices", "completion_ids", "advantages", "sampler_logprobs", "loss_mask", "slice_tokens", "slice_sequences")
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    BASIS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ID_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_IDS_FIELD_NUMBER: _ClassVar[int]
+    ADVANTAGES_FIELD_NUMBER: _ClassVar[int]
+    SAMPLER_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_MASK_FIELD_NUMBER: _ClassVar[int]
+    SLICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SLICE_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    batch: int
+    weight_version: int
+    basis_version: int
+    id_bytes: int
+    prompt_lengths: bytes
+    completion_lengths: bytes
+    slices: bytes
+    completion_ids: bytes
+    advantages: bytes
+    sampler_logprobs: bytes
+    loss_mask: bytes
+    slice_tokens: bytes
+    slice_sequences: bytes
+    def __init__(self, batch: _Optional[int] = ..., weight_version: _Optional[int] = ..., basis_version: _Optional[int] = ..., id_bytes: _Optional[int] = ..., prompt_lengths: _Optional[bytes] = ..., completion_lengths: _Optional[bytes] = ..., slices: _Optional[bytes] = ..., completion_ids: _Optional[bytes] = ..., advantages: _Optional[bytes] = ..., sampler_logprobs: _Optional[bytes] = ..., loss_mask: _Optional[bytes] = ..., slice_tokens: _Optional[bytes] = ..., slice_sequences: _Optional[bytes] = ...) -> None: ...
+
+class Begin(_message.Message):
+    __slots__ = ("microbatches", "basis_version", "correction", "step")
+    MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
+    BASIS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CORRECTION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    microbatches: int
+    basis_version: int
+    correction: int
+    step: int
+    def __init__(self, microbatches: _Optional[int] = ..., basis_version: _Optional[int] = ..., correction: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+
+class StageVote(_message.Message):
+    __slots__ = ("stage", "ready", "basis_held", "norms", "numbers")
+    class NumbersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    BASIS_HELD_FIELD_NUMBER: _ClassVar[int]
+    NORMS_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    ready: bool
+    basis_held: int
+    norms: _containers.RepeatedScalarFieldContainer[float]
+    numbers: _containers.ScalarMap[str, float]
+    def __init__(self, stage: _Optional[int] = ..., ready: _Optional[bool] = ..., basis_held: _Optional[int] = ..., norms: _Optional[_Iterable[float]] = ..., numbers: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class Vote(_message.Message):
+    __slots__ = ("votes", "gated")
+    VOTES_FIELD_NUMBER: _ClassVar[int]
+    GATED_FIELD_NUMBER: _ClassVar[int]
+    votes: _containers.RepeatedCompositeFieldContainer[StageVote]
+    gated: bool
+    def __init__(self, votes: _Optional[_Iterable[_Union[StageVote, _Mapping]]] = ..., gated: _Optional[bool] = ...) -> None: ...
+
+class Decide(_message.Message):
+    __slots__ = ("outcome", "coefficient", "end_of_batch", "publish", "checkpoint", "stop", "reason")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    COEFFICIENT_FIELD_NUMBER: _ClassVar[int]
+    END_OF_BATCH_FIELD_NUMBER: _ClassVar[int]
+    PUBLISH_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    outcome: int
+    coefficient: float
+    end_of_batch: bool
+    publish: bool
+    checkpoint: bool
+    stop: bool
+    reason: str
+    def __init__(self, outcome: _Optional[int] = ..., coefficient: _Optional[float] = ..., end_of_batch: _Optional[bool] = ..., publish: _Optional[bool] = ..., checkpoint: _Optional[bool] = ..., stop: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Order(_message.Message):
+    __slots__ = ("batch", "weight_version", "generate", "evaluate")
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    GENERATE_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    batch: int
+    weight_version: int
+    generate: bool
+    evaluate: bool
+    def __init__(self, batch: _Optional[int] = ..., weight_version: _Optional[int] = ..., generate: _Optional[bool] = ..., evaluate: _Optional[bool] = ...) -> None: ...
+
+class Rollouts(_message.Message):
+    __slots__ = ("batch", "weight_version", "group_size", "exhausted", "prompt_indices", "prompt_lengths", "completion_lengths", "prompt_ids", "completion_ids", "logprobs", "rewards", "truncated")
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    GROUP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    EXHAUSTED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_INDICES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    REWARDS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    batch: int
+    weight_version: int
+    group_size: int
+    exhausted: bool
+    prompt_indices: bytes
+    prompt_lengths: bytes
+    completion_lengths: bytes
+    prompt_ids: bytes
+    completion_ids: bytes
+    logprobs: bytes
+    rewards: bytes
+    truncated: bytes
+    def __init__(self, batch: _Optional[int] = ..., weight_version: _Optional[int] = ..., group_size: _Optional[int] = ..., exhausted: _Optional[bool] = ..., prompt_indices: _Optional[bytes] = ..., prompt_lengths: _Optional[bytes] = ..., completion_lengths: _Optional[bytes] = ..., prompt_ids: _Optional[bytes] = ..., completion_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., rewards: _Optional[bytes] = ..., truncated: _Optional[bytes] = ...) -> None: ...
+
+class Fetch(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class BasisMatrix(_message.Message):
+    __slots__ = ("boundary", "direction", "rows", "columns", "values")
+    BOUNDARY_FIELD_NUMBER: _ClassVar[int]
+    DIRECTION_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    boundary: int
+    direction: int
+    rows: int
+    columns: int
+    values: bytes
+    def __init__(self, boundary: _Optional[int] = ..., direction: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., values: _Optional[bytes] = ...) -> None: ...
+
+class BasisSet(_message.Message):
+    __slots__ = ("version", "tick", "matrices")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TICK_FIELD_NUMBER: _ClassVar[int]
+    MATRICES_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    tick: int
+    matrices: _containers.RepeatedCompositeFieldContainer[BasisMatrix]
+    def __init__(self, version: _Optional[int] = ..., tick: _Optional[int] = ..., matrices: _Optional[_Iterable[_Union[BasisMatrix, _Mapping]]] = ...) -> None: ...
+
+class Sketch(_message.Message):
+    __slots__ = ("version", "tick", "tokens", "matrix", "captured_share")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TICK_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MATRIX_FIELD_NUMBER: _ClassVar[int]
+    CAPTURED_SHARE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    tick: int
+    tokens: int
+    matrix: BasisMatrix
+    captured_share: float
+    def __init__(self, version: _Optional[int] = ..., tick: _Optional[int] = ..., tokens: _Optional[int] = ..., matrix: _Optional[_Union[BasisMatrix, _Mapping]] = ..., captured_share: _Optional[float] = ...) -> None: ...

@@ -1,0 +1,75 @@
+"""What can go wrong between two processes, and which gRPC status each error travels as. Nothing here opens a connection."""
+
+from __future__ import annotations
+
+import grpc
+
+
+class WireError(Exception):
+    """Root of everything that goes wrong between processes; `str(error)` is one readable line."""
+
+
+class Unreachable(WireError):
+    """Nobody answered at an address within the time given."""
+
+    def __init__(self, who: str, address: str, waited_s: float, detail: str = "") -> None:
+        super().__init__(
+            f"{who} at {address} did not answer within {waited_s:.0f} s{f' ({detail})' if detail else ''}: "
+            f"check that it runs, that the address is right and that a firewall lets TCP through"
+        )
+        self.address = address
+        self.waited_s = waited_s
+
+
+class PeerLost(WireError):
+    """An open stream to a peer broke."""
+
+
+class PortInUse(WireError):
+    """The address asked for cannot be bound."""
+
+    def __init__(self, address: str, detail: str) -> None:
+        super().__init__(f"cannot listen on {address} ({detail}): choose another --listen, or port 0 for any free one")
+        self.address = address
+
+
+class Refused(WireError):
+    """The peer refused us, with its reason. Subclasses say which status it travels as."""
+
+
+class StageTaken(Refused):
+    """Another worker already holds this stage."""
+
+
+class StageOutOfRange(Refused):
+    """The stage number does not exist in this swarm."""
+
+
+class ManifestMismatch(Refused):
+    """The two ends do not run the same manifest or protocol."""
+
+
+class StaleEpoch(Refused):
+    """The frame belongs to an epoch or attempt that is over."""
+
+
+class BadFrame(Refused):
+    """A frame that no correct peer sends: malformed, too large, a wrong checksum, or not expected here."""
+
+
+# The one table of error <-> status. ABORTED and FAILED_PRECONDITION are ours alone: gRPC itself never emits them.
+STATUS_OF: dict[type[Refused], grpc.StatusCode] = {
+    StageTaken: grpc.StatusCode.ALREADY_EXISTS,
+    StageOutOfRange: grpc.StatusCode.OUT_OF_RANGE,
+    ManifestMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    StaleEpoch: grpc.StatusCode.ABORTED,
+    BadFrame: grpc.StatusCode.INVALID_ARGUMENT,
+}
+ERROR_OF: dict[grpc.StatusCode, type[Refused]] = {status: error for error, status in STATUS_OF.items()}
+
+
+def from_status(code: grpc.StatusCode, details: str, peer: str) -> WireError:
+    """The typed error for a status that a call ended with."""
+    if code in ERROR_OF:
+        return ERROR_OF[code](details)
+    return PeerLost(f"the stream to {peer} broke: {code.name} {details}".strip())

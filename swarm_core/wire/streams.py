@@ -1,0 +1,236 @@
+"""Open streams: frames over a bidirectional gRPC call, dialled or served, every byte counted. Knows no message's meaning."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from swarm_core.wire.errors import STATUS_OF, BadFrame, PeerLost, PortInUse, Refused, Unreachable, from_status
+from swarm_core.wire.frames import MAX_MESSAGE_BYTES, Assembler, Frame, Header, chunks_of
+from swarm_core.wire.ledger import Ledger
+from swarm_core.wire.messages import FrameKind, Report
+
+Handler = Callable[["FrameStream"], Awaitable[None]]
+
+# The keepalive that acts in Python is the ping timeout; the server must permit the pings or it says "too many pings".
+OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share its calls
+]
+
+
+# Everything that gRPC raises for a stream that is no more; which one depends on the moment.
+BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
+
+
+def _raw(data: bytes) -> bytes:
+    return data
+
+
+class FrameStream:
+    """One bidirectional stream of frames. Sending is serialised, so the chunks of a frame stay together.
+
+    `link` and `direction` name the ledger rows; the sender counts. For a link "a-b", down is from a to b.
+    """
+
+    def __init__(
+        self, read: Callable[[], Awaitable[Any]], write: Callable[[bytes], Awaitable[None]], ledger: Ledger, peer: str
+    ) -> None:
+        self._read = read
+        self._write = write
+        self._ledger = ledger
+        self._lock = asyncio.Lock()
+        self._assembler = Assembler({})
+        self.link = ""
+        self.direction = "down"
+        self.peer = peer
+
+    def name(self, link: str, direction: str, limits: dict[FrameKind, int] | None = None) -> FrameStream:
+        """Say which link this is (ledger rows) and how large frames may get, once the peer is known."""
+        self.link, self.direction = link, direction
+        if limits is not None:
+            self._assembler = Assembler(limits)
+        return self
+
+    async def send_report(self, report: Report, tick: int) -> None:
+        """Send a report that carries everything this process has counted so far, the report itself included."""
+        payload = self._ledger.take_report(report, tick, self.link, self.direction)
+        await self.send(Frame(Header(FrameKind.REPORT, tick=tick), payload), count=False)
+
+    async def send(self, frame: Frame, *, count: bool = True) -> None:
+        """Write a frame and count it. Raises PeerLost when the stream is gone."""
+        message = 0
+        async with self._lock:
+            for chunk in chunks_of(frame):
+                try:
+                    await self._write(chunk)
+                except BROKEN as error:
+                    raise await self._lost(error) from None
+                message += len(chunk)
+        if not count:
+            return
+        self._ledger.count(
+            frame.header.tick,
+            self.link,
+            self.direction,
+            frame.header.kind,
+            dense=frame.dense_bytes,
+            packet=memoryview(frame.payload).nbytes,
+            message=message,
+        )
+
+    async def receive(self) -> Frame | None:
+        """The next whole frame; None when the peer has closed the stream. Raises PeerLost, Refused, BadFrame."""
+        while True:
+            try:
+                message = await self._read()
+            except BROKEN as error:
+                raise await self._lost(error) from None
+            if message is grpc.aio.EOF:
+                return None
+            frame = self._assembler.feed(message)
+            if frame is not None:
+                return frame
+
+    async def expect(self, kind: FrameKind) -> Frame:
+        """The next frame, which must be of this kind."""
+        frame = await self.receive()
+        if frame is None:
+            raise PeerLost(f"{self.peer} closed the stream; a {kind.name} was expected")
+        if frame.header.kind is not kind:
+            raise BadFrame(f"{self.peer} sent {frame.header.kind.name}; a {kind.name} was expected")
+        return frame
+
+    async def _lost(self, error: Exception) -> Exception:
+        if isinstance(error, grpc.aio.AioRpcError):
+            return from_status(error.code(), error.details() or "", self.peer)
+        return PeerLost(f"the stream to {self.peer} broke ({type(error).__name__})")
+
+
+class Dialled(FrameStream):
+    """The dialling side of a stream; owns its channel."""
+
+    def __init__(self, channel: grpc.aio.Channel, call: Any, ledger: Ledger, peer: str) -> None:
+        super().__init__(call.read, call.write, ledger, peer)
+        self._channel = channel
+        self._call = call
+
+    async def _lost(self, error: Exception) -> Exception:
+        if not isinstance(error, grpc.aio.AioRpcError) and self._call.done():
+            # A write on a finished call says only "invalid state"; the call itself knows why it ended.
+            return from_status(await self._call.code(), await self._call.details() or "", self.peer)
+        return await super()._lost(error)
+
+    async def finish(self, wait_s: float = 5.0) -> None:
+        """Say that nothing more will be sent, wait until the peer has read it all and closed its side, then close."""
+        try:
+            await self._call.done_writing()
+            async with asyncio.timeout(wait_s):
+                while await self._read() is not grpc.aio.EOF:
+                    pass
+        except (*BROKEN, TimeoutError):
+            pass
+        await self.close()
+
+    async def close(self) -> None:
+        self._call.cancel()
+        await self._channel.close(grace=1.0)
+
+
+async def dial(
+    address: str, method: str, ledger: Ledger, who: str, wait_s: float, on_wait: Callable[[float], None] | None = None
+) -> Dialled:
+    """Open a stream to `method` ("Anchor/Attend"), waiting up to `wait_s` for the peer to come up. Raises Unreachable."""
+    started = time.monotonic()
+    channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+    ready = asyncio.ensure_future(channel.channel_ready())
+    while not ready.done():
+        waited = time.monotonic() - started
+        if waited >= wait_s:
+            ready.cancel()
+            await channel.close()
+            raise Unreachable(who, address, wait_s)
+        await asyncio.wait({ready}, timeout=min(2.0, wait_s - waited))
+        if on_wait is not None and not ready.done():
+            on_wait(time.monotonic() - started)
+    call = channel.stream_stream(f"/swarm.v1.{method}", request_serializer=_raw, response_deserializer=_raw)()
+    return Dialled(channel, call, ledger, f"{who} at {address}")
+
+
+class Server:
+    """Serves streams; a refused or broken stream ends with the status of its error."""
+
+    def __init__(self, service: str, handlers: dict[str, Handler], ledger: Ledger) -> None:
+        self._server = grpc.aio.server(options=OPTIONS)
+        self._ledger = ledger
+        methods = {
+            name: grpc.stream_stream_rpc_method_handler(
+                self._serve(handler), request_deserializer=_raw, response_serializer=_raw
+            )
+            for name, handler in handlers.items()
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(f"swarm.v1.{service}", methods),))
+
+    def _serve(self, handler: Handler) -> Callable[[Any, Any], Awaitable[None]]:
+        async def serve(_request_iterator: Any, context: Any) -> None:
+            stream = FrameStream(context.read, context.write, self._ledger, context.peer())
+            try:
+                await handler(stream)
+            except Refused as error:
+                await context.abort(STATUS_OF[type(error)], str(error))
+            except PeerLost:
+                pass
+
+        return serve
+
+    async def start(self, listen: str) -> str:
+        """Bind and serve; returns the address with the port really bound. Raises PortInUse."""
+        host, _, port = listen.rpartition(":")
+        if not host or not port.isdigit():
+            raise PortInUse(listen, "not HOST:PORT")
+        _probe(host, int(port), listen)
+        try:
+            bound = self._server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise PortInUse(listen, str(error).splitlines()[0]) from None
+        await self._server.start()
+        return f"{host}:{bound}"
+
+    async def stop(self) -> None:
+        await self._server.stop(grace=1.0)
+
+
+def _probe(host: str, port: int, listen: str) -> None:
+    """Bind once the plain way: the error of the operating system is the readable one."""
+    if port == 0:
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError as error:
+            raise PortInUse(listen, error.strerror or str(error)) from None
+
+
+def is_loopback(address: str) -> bool:
+    """Whether HOST:PORT stays on this machine."""
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,177 @@
+"""A rollout batch as a stage works on it: slices, their microbatches, and the log-probs it gathers. Pure.
+
+A batch is cut into slices (one tick each); a slice into microbatches of whole sequences. The score pass walks the
+microbatches of all slices in order, with the same composition as the ticks, so that an unchanged weight gives a ratio
+of exactly 1. Suffixes: M completion tokens of all sequences of the batch, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from swarm_core.learning.errors import MicrobatchError
+from swarm_core.learning.microbatch import Layout, Microbatch, Sample, from_columns, pad_ids
+
+
+@dataclass(eq=False)
+class Batch:
+    """The columns of a batch. Only sequences with signal are in it; the denominators count the others too.
+
+    `slices` are the first sequences of each slice and the end. `ids_N` (all tokens, unpadded) is on stage 0 alone;
+    `old_logprobs_M` and `reference_logprobs_M` fill up on the last stage during the forward-only rounds.
+    """
+
+    number: int
+    weight_version: int
+    basis_version: int
+    microbatch_size: int
+    prompt_lengths: list[int]
+    completion_lengths: list[int]
+    slices: list[int]
+    targets_M: Tensor
+    advantages: list[float]
+    sampler_logprobs_M: Tensor
+    active_M: Tensor
+    slice_tokens: list[int]
+    slice_sequences: list[int]
+    ids_N: Tensor | None = None
+    old_logprobs_M: Tensor | None = None
+    reference_logprobs_M: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        sequences = len(self.prompt_lengths)
+        if not (
+            len(self.completion_lengths) == len(self.advantages) == sequences
+            and self.slices
+            and self.slices[0] == 0
+            and self.slices[-1] == sequences
+            and self.slices == sorted(self.slices)
+            and len(self.slice_tokens) == len(self.slice_sequences) == len(self.slices) - 1
+        ):
+            raise MicrobatchError("batch", f"columns of batch {self.number} do not fit together")
+        tokens = sum(self.completion_lengths)
+        for name in ("targets_M", "sampler_logprobs_M", "active_M"):
+            if getattr(self, name).numel() != tokens:
+                raise MicrobatchError(name, f"got {getattr(self, name).numel()} values, wanted {tokens}")
+
+    @cached_property
+    def _ranges(self) -> list[list[range]]:
+        """Per slice, the sequences of each microbatch."""
+        size = self.microbatch_size
+        bounds = zip(self.slices, self.slices[1:], strict=False)
+        return [[range(a, min(a + size, end)) for a in range(start, end, size)] for start, end in bounds]
+
+    @cached_property
+    def _ends_M(self) -> list[int]:
+        return [0, *torch.tensor(self.completion_lengths, dtype=torch.int64).cumsum(0).tolist()]
+
+    @cached_property
+    def _ends_N(self) -> list[int]:
+        lengths = [p + c for p, c in zip(self.prompt_lengths, self.completion_lengths, strict=True)]
+        return [0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()]
+
+    @property
+    def microbatches(self) -> tuple[int, ...]:
+        """How many microbatches each slice has (0: no signal)."""
+        return tuple(len(ranges) for ranges in self._ranges)
+
+    def place(self, microbatch: int) -> tuple[int, int]:
+        """(slice, microbatch) of the n-th microbatch of the whole batch, as the score pass counts."""
+        for index, count in enumerate(self.microbatches):
+            if microbatch < count:
+                return index, microbatch
+            microbatch -= count
+        raise MicrobatchError("microbatch", f"batch {self.number} has no {microbatch} more microbatches")
+
+    def layout(self, slice_: int, microbatch: int) -> Layout:
+        """The lengths of one microbatch."""
+        rows = self._ranges[slice_][microbatch]
+        return Layout(tuple(self.prompt_lengths[i] for i in rows), tuple(self.completion_lengths[i] for i in rows))
+
+    def ids(self, slice_: int, microbatch: int) -> Tensor:
+        """ids_BT, right-padded (stage 0)."""
+        if self.ids_N is None:
+            raise MicrobatchError("ids_N", "only stage 0 holds the token ids")
+        rows = self._ranges[slice_][microbatch]
+        part = self.ids_N[self._ends_N[rows.start] : self._ends_N[rows.stop]]
+        return pad_ids(part, self.layout(slice_, microbatch))
+
+    def microbatch(self, slice_: int, microbatch: int) -> Microbatch:
+        """Everything the loss needs of one microbatch (last stage)."""
+        span = self._span_M(slice_, microbatch)
+        rows = self._ranges[slice_][microbatch]
+        return from_columns(
+            self.layout(slice_, microbatch),
+            self.targets_M[span],
+            self.advantages[rows.start : rows.stop],
+            self.sampler_logprobs_M[span],
+            old_logprobs_M=None if self.old_logprobs_M is None else self.old_logprobs_M[span],
+            active_M=self.active_M[span],
+        )
+
+    def reference(self, slice_: int, microbatch: int) -> Tensor | None:
+        """Log-probs of the initial weights, when the KL penalty is on."""
+        if self.reference_logprobs_M is None:
+            return None
+        return self.reference_logprobs_M[self._span_M(slice_, microbatch)]
+
+    def keep_old(self, slice_: int, microbatch: int, logprobs_M: Tensor) -> None:
+        """Store the score pass' log-probs of one microbatch."""
+        if self.old_logprobs_M is None:
+            self.old_logprobs_M = logprobs_M.new_full((self._ends_M[-1],), float("nan"), device="cpu")
+        self.old_logprobs_M[self._span_M(slice_, microbatch)] = logprobs_M.detach().cpu()
+
+    def keep_reference(self, slice_: int, microbatch: int, logprobs_M: Tensor) -> None:
+        """Store the initial weights' log-probs of one microbatch."""
+        if self.reference_logprobs_M is None:
+            self.reference_logprobs_M = logprobs_M.new_full((self._ends_M[-1],), float("nan"), device="cpu")
+        self.reference_logprobs_M[self._span_M(slice_, microbatch)] = logprobs_M.detach().cpu()
+
+    def _span_M(self, slice_: int, microbatch: int) -> slice:
+        rows = self._ranges[slice_][microbatch]
+        return slice(self._ends_M[rows.start], self._ends_M[rows.stop])
+
+
+def make_batch(
+    number: int,
+    weight_version: int,
+    slices: Sequence[Sequence[Sample]],
+    slice_tokens: Sequence[int],
+    slice_sequences: Sequence[int],
+    microbatch_size: int,
+) -> Batch:
+    """Stage 0's batch out of samples with signal, slice by slice.
+
+    Within a slice sequences are ordered by length (a stable sort), so that a microbatch has little padding.
+    """
+    ordered = [sorted(part, key=lambda s: s.prompt_ids.numel() + s.completion_ids.numel()) for part in slices]
+    samples = [sample for part in ordered for sample in part]
+    ends = [0]
+    for part in ordered:
+        ends.append(ends[-1] + len(part))
+    masks = [torch.ones_like(s.completion_ids) if s.mask_C is None else s.mask_C for s in samples]
+
+    def joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+        return torch.cat(parts).to(dtype) if parts else torch.empty(0, dtype=dtype)
+
+    return Batch(
+        number=number,
+        weight_version=weight_version,
+        basis_version=0,
+        microbatch_size=microbatch_size,
+        prompt_lengths=[s.prompt_ids.numel() for s in samples],
+        completion_lengths=[s.completion_ids.numel() for s in samples],
+        slices=ends,
+        targets_M=joined([s.completion_ids for s in samples], torch.int64),
+        advantages=[s.advantage for s in samples],
+        sampler_logprobs_M=joined([s.sampler_logprobs_C for s in samples], torch.float32),
+        active_M=joined(masks, torch.bool),
+        slice_tokens=list(slice_tokens),
+        slice_sequences=list(slice_sequences),
+        ids_N=joined([ids for s in samples for ids in (s.prompt_ids, s.completion_ids)], torch.int64),
+    )

@@ -1,0 +1,116 @@
+"""The run manifest: the run file plus what the anchor derived from the checkpoint. Every worker gets it at join. No torch.
+
+Two manifests with the same `digest` train the same weights: knobs that change nothing a stage computes (how long the run
+lasts, its name, how rollouts are made and when checkpoints are written) stay outside the digest, so that a run can be
+continued for longer or on other machines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from codec.spec import LinkSpec
+from swarm_core.config import RunConfig, parse_manifest
+from swarm_core.learning.partition import Span, partition
+from swarm_core.models.architecture import ModelShape
+
+OUTSIDE_DIGEST = {
+    "run": ("name", "ticks", "threads"),
+    "model": ("path",),  # the fingerprint stands for it
+    "data": ("validation",),
+    "sampler": None,
+    "checkpoint": None,
+}
+
+
+class ManifestError(Exception):
+    """A manifest that cannot be read; `str()` is one line."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What all processes of a run agree on."""
+
+    config: RunConfig
+    spans: tuple[Span, ...]
+    width: int
+    vocab: int
+    model_fingerprint: str
+
+    @property
+    def stages(self) -> int:
+        return len(self.spans)
+
+    @property
+    def boundaries(self) -> int:
+        return len(self.spans) - 1
+
+    def link(self) -> LinkSpec:
+        """How every boundary is crossed."""
+        links = self.config.links
+        forward, backward = links.ranks(self.width) if links.kind == "lowrank" else (0, 0)
+        return LinkSpec(
+            kind=links.kind,
+            width=self.width,
+            rank_forward=forward,
+            rank_backward=backward,
+            backward=links.backward,
+            zstd=links.zstd,
+            dtype="fp64" if self.config.run.precision == "fp64" else "fp32",
+        )
+
+    def to_json(self) -> str:
+        """Canonical JSON: equal manifests are equal bytes."""
+        return _canonical(self._plain())
+
+    def digest(self) -> str:
+        """sha256 (hex) over everything that decides the weights."""
+        plain = self._plain()
+        scheduled = self.config.optimizer.schedule != "constant"  # then the last tick shapes the learning rate
+        plain["last_tick"] = {"value": {"ticks": self.config.run.ticks if scheduled else 0}}
+        for section, names in OUTSIDE_DIGEST.items():
+            for name in names or list(plain["config"][section]):
+                plain["config"][section].pop(name)
+        return hashlib.sha256(_canonical(plain).encode()).hexdigest()
+
+    def _plain(self) -> dict[str, dict[str, dict[str, object]]]:
+        return json.loads(  # type: ignore[no-any-return]
+            _canonical(
+                {
+                    "config": json.loads(self.config.canonical_json()),
+                    "spans": [asdict(span) for span in self.spans],
+                    "width": self.width,
+                    "vocab": self.vocab,
+                    "model_fingerprint": self.model_fingerprint,
+                }
+            )
+        )
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def make_manifest(config: RunConfig, shape: ModelShape, fingerprint: str) -> Manifest:
+    """Derive the manifest: the split is fixed here, once, for all. Raises PartitionError, ConfigError."""
+    spans = partition(shape, config.swarm.stages, config.swarm.split)
+    manifest = Manifest(config, tuple(spans), shape.hidden, shape.vocab, fingerprint)
+    manifest.link()  # a rank above the width is refused here, before anything starts
+    return manifest
+
+
+def read_manifest(text: str) -> Manifest:
+    """Parse what `to_json` wrote. Raises ManifestError, ConfigError."""
+    try:
+        plain = json.loads(text)
+        return Manifest(
+            config=parse_manifest(json.dumps(plain["config"]), "the anchor's manifest"),
+            spans=tuple(Span(**span) for span in plain["spans"]),
+            width=int(plain["width"]),
+            vocab=int(plain["vocab"]),
+            model_fingerprint=str(plain["model_fingerprint"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"the anchor's manifest does not parse ({error}): are both ends the same version?") from None

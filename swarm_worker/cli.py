@@ -1,0 +1,107 @@
+"""The command line of `swarm_worker`. Parses and hands over; imports of heavy libraries wait until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DESCRIPTION = "Workers of a Kedge swarm: stages of the layers, samplers, or a whole swarm on one machine."
+EXAMPLES = """examples:
+  swarm_worker local --config examples/tiny/run.toml --stages 3 --out runs/demo
+      a whole swarm on this machine: anchor, three stages and a sampler, over loopback
+  swarm_worker local --config run.toml --out runs/demo --resume --ticks 400
+      go on from the newest checkpoint
+  swarm_worker join --stage 2 --anchor anchor.example.org:7400 --listen 0.0.0.0:7402 --advertise me.example.org:7402
+      hold stage 2 of the run that this anchor serves
+  swarm_worker sample --anchor anchor.example.org:7400 --engine hf
+      generate rollouts for that run
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="swarm_worker",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    join = commands.add_parser("join", help="hold one stage of a run", epilog=EXAMPLES, formatter_class=top.formatter_class)
+    join.add_argument("--stage", type=int, required=True, metavar="I", help="the stage to hold, counted from 0")
+    _common(join)
+    join.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where neighbours and samplers dial in (default %(default)s: this machine only, any port)")
+    join.add_argument("--advertise", metavar="HOST:PORT", help="the address others should dial, if not the listening one")
+    join.add_argument("--expect-digest", default="", metavar="HEX", help="refuse any manifest but this one")
+
+    sample = commands.add_parser("sample", help="generate rollouts for a run", epilog=EXAMPLES, formatter_class=top.formatter_class)
+    _common(sample)
+    sample.add_argument("--engine", choices=("hf", "replay"), help="how rollouts are made (default: the manifest's)")
+    sample.add_argument("--replay", type=Path, metavar="FILE", help="recorded rollouts, for --engine replay")
+
+    local = commands.add_parser("local", help="a whole swarm on this machine", epilog=EXAMPLES, formatter_class=top.formatter_class)
+    local.add_argument("--config", type=Path, required=True, metavar="RUN.TOML", help="the run file")
+    local.add_argument("--out", type=Path, default=Path("runs/local"), metavar="DIR", help="the run folder (default %(default)s)")
+    local.add_argument("--stages", type=int, metavar="N", help="override swarm.stages")
+    local.add_argument("--ticks", type=int, metavar="T", help="override run.ticks")
+    local.add_argument("--set", action="append", default=[], metavar="SECTION.KNOB=VALUE", help="override a knob; may be repeated")
+    local.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="the anchor's address (default: any port)")
+    local.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    local.add_argument("--fresh", action="store_true", help="delete an earlier run in --out first")
+    local.add_argument("--dry-run", action="store_true", help="validate the run file, print the plan, start nothing")
+    return top
+
+
+def _common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--anchor", required=True, metavar="HOST:PORT", help="the anchor's address")
+    command.add_argument("--out", type=Path, default=Path("runs/worker"), metavar="DIR", help="checkpoint shards and logs go below it (default %(default)s)")
+    command.add_argument("--model", metavar="PATH", help="the model's files on this machine, if not where the manifest says")
+    command.add_argument("--wait", type=float, default=60.0, metavar="SECONDS", help="how long to wait for the anchor (default %(default)s)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 2 refused input, 1 something broke, 130 interrupted."""
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
+    )
+    from swarm_core.exits import run_to_exit_code
+
+    if arguments.command == "local":
+        from swarm_worker.local import run_local
+
+        return run_to_exit_code("swarm_worker local", lambda: run_local(arguments))
+    if arguments.command == "join":
+        from swarm_worker.stage_process import StageArguments, hold_stage
+
+        given = StageArguments(
+            stage=arguments.stage,
+            anchor=arguments.anchor,
+            listen=arguments.listen,
+            advertise=arguments.advertise,
+            out=arguments.out,
+            model=arguments.model,
+            expect_digest=arguments.expect_digest,
+            wait_s=arguments.wait,
+        )
+        return run_to_exit_code("swarm_worker join", lambda: asyncio.run(hold_stage(given)))
+    from swarm_worker.sampler.process import SamplerArguments, serve_rollouts
+
+    wanted = SamplerArguments(
+        anchor=arguments.anchor,
+        engine=arguments.engine,
+        replay=arguments.replay,
+        out=arguments.out,
+        model=arguments.model,
+        wait_s=arguments.wait,
+    )
+    return run_to_exit_code("swarm_worker sample", lambda: asyncio.run(serve_rollouts(wanted)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Stage 0's part beside its layers: rollouts in, batches and stamps out, votes to decisions, one metrics row a tick.
+
+The policy is lead.py; this file joins it to data. No socket here: the worker sends what is returned.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from swarm_core.learning import optimizer as optim
+from swarm_core.learning.batch import Batch, make_batch
+from swarm_core.learning.grpo import LossSpec
+from swarm_core.learning.rollout import RolloutBatch, reward_metrics, slices, to_samples
+from swarm_core.manifest import Manifest
+from swarm_core.wire.messages import Decide, Order, Outcome, Report, StageVote
+from swarm_worker.journal import Journal
+from swarm_worker.lead import Lead, LeadPlan, LeadState, Stock
+from swarm_worker.sampler.replay import ReplayWriter
+from swarm_worker.schedule import Stamp
+
+
+def lead_plan(manifest: Manifest) -> LeadPlan:
+    """The lead's knobs out of the manifest."""
+    config = manifest.config
+    return LeadPlan(
+        ticks=config.run.ticks,
+        max_reuse=config.grpo.max_reuse,
+        staleness_limit=config.grpo.staleness_limit,
+        overlap=config.sampler.overlap,
+        eval_every=config.sampler.eval_every if config.data.validation else 0,
+        checkpoint_every=config.checkpoint.every,
+        reference=config.grpo.kl_beta > 0,
+    )
+
+
+class Leader:
+    """What stage 0 knows beyond its layers."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        loss_spec: LossSpec,
+        dtype: torch.dtype,
+        journal: Journal,
+        state: LeadState,
+        record: ReplayWriter | None,
+    ) -> None:
+        self.manifest = manifest
+        self.lead = Lead(lead_plan(manifest), state)
+        self._loss_spec = loss_spec
+        self._dtype = dtype
+        self._journal = journal
+        self._record = record
+        self._stock: Batch | None = None
+        self._rollouts: RolloutBatch | None = None
+        self._stats: dict[int, dict[str, float]] = {}
+        self._last_decision = time.monotonic()
+
+    def next_order(self) -> Order | None:
+        return self.lead.next_order()
+
+    def ending(self) -> tuple[Report, Order | None]:
+        """After the last decision: tell the anchor that the run ends, and order an evaluation of the final weights."""
+        lead, config = self.lead, self.manifest.config
+        evaluate = config.data.validation is not None and config.sampler.engine != "replay" and not lead.stop_requested
+        if lead.stop_requested:
+            message = "stopped on request"
+        elif lead.exhausted:
+            message = "the recorded rollouts are used up"
+        else:
+            message = f"all {lead.plan.ticks} ticks are done"
+        report = self.event("finished", message)
+        report.words["evaluation"] = "yes" if evaluate else "no"
+        order = Order(batch=lead.state.next_batch, weight_version=lead.state.tick, evaluate=True)
+        return report, order if evaluate else None
+
+    def take_rollouts(self, rollouts: RolloutBatch) -> Report | None:
+        """A batch arrived. An event for the books when it was too old and was dropped."""
+        config = self.manifest.config
+        cut = slices(rollouts, config.grpo.ticks_per_pass)
+        samples, tokens, sequences = [], [], []
+        for part in cut:
+            kept, stats = to_samples(part, self._loss_spec)
+            samples.append(kept)
+            tokens.append(stats.denominators.tokens)
+            sequences.append(stats.denominators.sequences)
+        batch = make_batch(
+            rollouts.batch, rollouts.weight_version, samples, tokens, sequences, config.swarm.microbatch_size
+        )
+        if not self.lead.accept(Stock(batch.number, batch.weight_version, batch.microbatches)):
+            age = self.lead.state.tick - rollouts.weight_version
+            message = f"batch {batch.number}: its weights are {age} ticks old, over {self.lead.plan.staleness_limit}"
+            return self.event("dropped_batch", message)
+        self._stock, self._rollouts = batch, rollouts
+        self._stats[batch.number] = reward_metrics(rollouts)
+        return None
+
+    def next_batch(self, basis_held: int) -> Batch | None:
+        """The batch in stock, when the lead starts on it."""
+        if self.lead.next_batch(basis_held) is None:
+            return None
+        batch, self._stock = self._stock, None
+        assert batch is not None
+        if self._record is not None and self._rollouts is not None:
+            self._record.append(self._rollouts)  # exactly the batches that are trained on, in order
+        batch.basis_version = self.lead.state.basis_version
+        self._stats = {n: s for n, s in self._stats.items() if n >= batch.number}
+        return batch
+
+    def decide(self, stamp: Stamp, votes: list[StageVote], gated: bool, tokens: int) -> tuple[Decide, Report]:
+        """Decide a tick that every stage has voted on, journal it, and sum it up in a metrics row."""
+        votes = sorted(votes, key=lambda vote: vote.stage)
+        norms = [norm for vote in votes for norm in vote.norms]
+        total = optim.total_norm(norms, self._dtype)
+        coefficient = optim.clip_coefficient(norms, self.manifest.config.optimizer.max_grad_norm, self._dtype)
+        age = self.lead.age
+        decide = self.lead.decide(stamp, [*norms, total], coefficient, gated)
+        self._journal.write(stamp, decide, total)
+        now = time.monotonic()
+        tick_s, self._last_decision = now - self._last_decision, now
+        numbers: dict[str, float] = {
+            "batch": stamp.batch,
+            "pass": stamp.pass_,
+            "slice": stamp.slice,
+            "step": stamp.step,
+            "tick_s": tick_s,
+            "tokens": tokens,
+            "tokens_per_s": tokens / max(tick_s, 1e-9),
+            "grad_norm": total,
+            "lr": optim.learning_rate(self._optimizer_spec(), stamp.step),
+            "staleness": age,
+            "dgg/gated": float(gated),
+            "basis/version": stamp.basis_version,
+            "microbatches": stamp.microbatches,
+        }
+        numbers |= self._stats.get(stamp.batch, {})
+        for vote in votes:
+            numbers |= vote.numbers
+        words = {"outcome": Outcome(decide.outcome).name.lower(), "skip_reason": decide.reason}
+        return decide, Report(type="tick", tick=stamp.tick, numbers=numbers, words=words)
+
+    def event(self, name: str, message: str) -> Report:
+        return Report(type="event", tick=self.lead.state.tick, words={"event": name, "message": message})
+
+    def _optimizer_spec(self) -> optim.OptimizerSpec:
+        o = self.manifest.config.optimizer
+        return optim.OptimizerSpec(
+            learning_rate=o.lr,
+            schedule=o.schedule,
+            warmup_steps=o.warmup_ticks,
+            total_steps=self.manifest.config.run.ticks,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the lead."""
+        return self.lead.state.to_json()

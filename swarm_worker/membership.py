@@ -1,0 +1,79 @@
+"""Joining a run: dial the anchor, say who we are, take the manifest. Shared by stage workers and samplers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from codec.basis import Basis
+from codec.errors import CodecError
+from codec.spec import Direction
+from swarm_core.manifest import Manifest, read_manifest
+from swarm_core.wire.errors import BadFrame, ManifestMismatch
+from swarm_core.wire.frames import Frame, Header, run_id
+from swarm_core.wire.ledger import Ledger
+from swarm_core.wire.messages import BasisSet, FrameKind, Hello, Welcome, from_bytes, to_bytes
+from swarm_core.wire.streams import Dialled, dial
+
+ANCHOR_LIMITS = {FrameKind.BASIS: 1 << 30, FrameKind.WELCOME: 4 << 20}
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Membership:
+    """An open stream to the anchor and what it said."""
+
+    anchor: Dialled
+    manifest: Manifest
+    digest: str
+
+    @property
+    def run(self) -> int:
+        return run_id(self.digest)
+
+
+async def join(address: str, method: str, hello: Hello, ledger: Ledger, wait_s: float, link: str) -> Membership:
+    """Dial the anchor and take the manifest. Raises Unreachable, Refused and ManifestMismatch, each readable."""
+    hello.versions = {name: importlib.metadata.version(name) for name in ("torch", "grpcio", "protobuf")}
+
+    def waiting(waited_s: float) -> None:
+        log.warning("no answer from the anchor at %s for %.0f s, trying on until %.0f s", address, waited_s, wait_s)
+
+    anchor = await dial(address, method, ledger, "the anchor", wait_s, waiting)
+    anchor.name(link, "up", ANCHOR_LIMITS)
+    await anchor.send(Frame(Header(FrameKind.HELLO), to_bytes(hello)))
+    welcome = from_bytes(Welcome, (await anchor.expect(FrameKind.WELCOME)).payload)
+    manifest = read_manifest(welcome.manifest)
+    if manifest.digest() != welcome.manifest_digest:
+        raise ManifestMismatch(
+            f"the manifest from {address} has digest {manifest.digest()[:12]}..., the anchor calls it "
+            f"{welcome.manifest_digest[:12]}...: install the same version of the software on both"
+        )
+    if hello.manifest_digest and hello.manifest_digest != welcome.manifest_digest:
+        raise ManifestMismatch(f"the anchor at {address} runs another manifest than the one expected")
+    return Membership(anchor, manifest, welcome.manifest_digest)
+
+
+def read_bases(message: BasisSet, manifest: Manifest) -> dict[tuple[int, Direction], Basis]:
+    """The bases in a BASIS frame, checked against the manifest before they are used. Raises BadFrame."""
+    spec = manifest.link()
+    bases = {}
+    for matrix in message.matrices:
+        if matrix.direction not in (0, 1) or not 0 <= matrix.boundary < manifest.boundaries:
+            raise BadFrame(f"a basis for boundary {matrix.boundary}, direction {matrix.direction} does not exist")
+        direction = Direction(matrix.direction)
+        rank = spec.rank_forward if direction is Direction.FORWARD else spec.rank_backward
+        if (matrix.rows, matrix.columns) != (spec.width, rank) or len(matrix.values) != 4 * spec.width * rank:
+            raise BadFrame(
+                f"basis version {message.version} of boundary {matrix.boundary} is {matrix.rows} x {matrix.columns}; "
+                f"the manifest wants {spec.width} x {rank}"
+            )
+        q_HR = torch.frombuffer(bytearray(matrix.values), dtype=torch.float32).view(spec.width, rank)
+        try:
+            bases[(matrix.boundary, direction)] = Basis(message.version, q_HR)
+        except CodecError as error:
+            raise BadFrame(f"basis version {message.version} of boundary {matrix.boundary}: {error}") from None
+    return bases

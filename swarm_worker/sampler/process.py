@@ -1,0 +1,391 @@
+"""The process of one sampler: takes orders from stage 0, fetches weights from all stages, delivers rollouts, evaluates.
+
+The data cursor is not here: an order names its batch number, and prompts and draws are a function of that number. So a
+sampler can be replaced at any moment and nothing is lost or drawn twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from codec.basis import Basis
+from codec.link_codec import LinkCodec
+from codec.spec import Direction
+from swarm_core.data.dataset import Row, load_rows
+from swarm_core.learning.rollout import RolloutBatch
+from swarm_core.manifest import Manifest
+from swarm_core.models.architecture import fingerprint, resolve
+from swarm_core.models.reading import load_tokenizer
+from swarm_core.wire.errors import BadFrame, PeerLost
+from swarm_core.wire.frames import Frame, Header
+from swarm_core.wire.ledger import Ledger
+from swarm_core.wire.messages import (
+    BasisSet,
+    Fetch,
+    FrameKind,
+    Hello,
+    Order,
+    Ready,
+    Report,
+    Rollouts,
+    Start,
+    Stop,
+    Welcome,
+    from_bytes,
+    to_bytes,
+)
+from swarm_core.wire.rollouts import rollouts_message
+from swarm_core.wire.streams import Dialled, dial
+from swarm_worker.device import pick_device
+from swarm_worker.membership import Membership, join, read_bases
+from swarm_worker.sampler.collect import Collected, Collector, SamplingSpec
+from swarm_worker.sampler.engine import Projection
+from swarm_worker.sampler.errors import SamplerError
+from swarm_worker.sampler.evaluate import Evaluation, EvaluationSpec, evaluate
+from swarm_worker.sampler.hf import HfEngine
+from swarm_worker.sampler.replay import read_rollouts
+from swarm_worker.sampler.verify import VerifierPool
+
+log = logging.getLogger(__name__)
+WEIGHTS_LIMIT = 1 << 40
+SAMPLES_SHOWN = 4  # completions of each batch that are kept as text, for people to read
+
+
+@dataclass(frozen=True)
+class SamplerArguments:
+    """The command line of `swarm_worker sample`; what is None comes from the manifest."""
+
+    anchor: str
+    engine: str | None = None
+    replay: Path | None = None
+    out: Path = Path("runs/sampler")
+    model: str | None = None
+    wait_s: float = 60.0
+
+
+class Source:
+    """Where rollouts come from: a model that generates, or a recording."""
+
+    def __init__(self, manifest: Manifest, arguments: SamplerArguments) -> None:
+        config = manifest.config
+        self.manifest = manifest
+        engine = arguments.engine or config.sampler.engine
+        recording = arguments.replay or config.sampler.replay
+        self.replaying = engine == "replay"
+        self.model_path = resolve(arguments.model or config.model.path)
+        self._recorded: Iterator[RolloutBatch] | None = None
+        self._at = 0
+        self._bases: dict[tuple[int, Direction], Basis] = {}
+        self._samples = (arguments.out / "samples.jsonl").open("a")
+        if self.replaying:
+            if recording is None:
+                raise SamplerError("engine replay needs recorded rollouts: give --replay FILE or set sampler.replay")
+            self._recorded = read_rollouts(
+                recording, config.grpo.completions_per_prompt, groups=config.grpo.prompts_per_batch
+            )
+            return
+        device = pick_device(config.run.device)
+        dtype = torch.bfloat16 if device.type == "cuda" and config.run.precision in ("auto", "bf16") else torch.float32
+        self.engine = HfEngine(
+            self.model_path, device=device, dtype=dtype, sequences_per_call=config.sampler.batch_size
+        )
+        self.tokenizer = load_tokenizer(self.model_path)
+        self.verifier = VerifierPool(config.data.reward, processes=1, limit_s=config.data.verifier_timeout_s)
+        spec = SamplingSpec(
+            prompts=config.grpo.prompts_per_batch,
+            group_size=config.grpo.completions_per_prompt,
+            temperature=config.grpo.temperature,
+            max_new_tokens=config.grpo.max_completion_length,
+            seed=config.run.seed,
+            chat_template=config.data.chat_template,
+        )
+        self.collector = Collector(self.engine, self.tokenizer, load_rows(config.data.train), self.verifier, spec)
+        self.validation: list[Row] = []
+        if config.data.validation is not None:
+            self.validation = load_rows(config.data.validation)[: config.sampler.eval_prompts]
+
+    @property
+    def version(self) -> int:
+        return 0 if self.replaying else self.engine.version
+
+    def load_weights(self, state: dict[str, Tensor], version: int) -> None:
+        self.engine.load_weights(state, version)
+
+    def hold_bases(self, message: BasisSet) -> None:
+        """The newest bases, for the evaluation of the compressed pipeline."""
+        self._bases = read_bases(message, self.manifest)
+
+    def collect(self, order: Order) -> Collected | None:
+        """The batch of an order; None when a recording is used up."""
+        if self._recorded is None:
+            collected = self.collector.collect(order.batch)
+            self._show(order, collected)
+            return collected
+        rollouts = next(islice(self._recorded, order.batch - self._at, None), None)
+        if rollouts is None:
+            return None
+        self._at = order.batch + 1
+        # A recording's own weight versions say nothing about this run's: its rollouts are taken as fresh.
+        rollouts = replace(rollouts, batch=order.batch, weight_version=order.weight_version)
+        return Collected(rollouts, {}, [])
+
+    def evaluate(self) -> tuple[Evaluation, Evaluation | None]:
+        """(accuracy of the uncompressed weights, accuracy of the compressed pipeline if links are lossy)."""
+        config = self.manifest.config
+        spec = EvaluationSpec(
+            temperature=config.grpo.temperature,
+            max_new_tokens=config.grpo.max_completion_length,
+            seed=config.run.seed + 1,
+            samples_per_prompt=config.sampler.eval_samples,
+            chat_template=config.data.chat_template,
+        )
+        plain = evaluate(self.engine, self.tokenizer, self.validation, self.verifier, spec)
+        projections = self._projections()
+        if not projections:
+            return plain, None
+        compressed = evaluate(
+            self.engine, self.tokenizer, self.validation, self.verifier, spec, projections=projections
+        )
+        return plain, compressed
+
+    def _projections(self) -> dict[int, Projection]:
+        """What each boundary does to the hidden rows, by the layer it stands before."""
+        link = self.manifest.link()
+        if link.kind == "identity":
+            return {}
+        codec = LinkCodec(link)
+
+        def through(boundary: int) -> Projection:
+            basis = self._bases.get((boundary, Direction.FORWARD))
+            return lambda h_NH: codec.project(h_NH, Direction.FORWARD, basis)
+
+        return {span.last_layer: through(span.stage) for span in self.manifest.spans[:-1]}
+
+    def _show(self, order: Order, collected: Collected) -> None:
+        for sample in collected.samples[:SAMPLES_SHOWN]:
+            line = {
+                "batch": order.batch,
+                "weight_version": order.weight_version,
+                "prompt": sample.prompt,
+                "completion": sample.completion,
+                "answer": sample.answer,
+                "reward": sample.verdict.reward,
+            }
+            self._samples.write(json.dumps(line) + "\n")
+        self._samples.flush()
+
+    def close(self) -> None:
+        self._samples.close()
+        if not self.replaying:
+            self.verifier.close()
+
+
+async def serve_rollouts(arguments: SamplerArguments) -> None:
+    """`swarm_worker sample`."""
+    await SamplerProcess(arguments).run()
+
+
+class SamplerProcess:
+    """Everything from the command line to the exit of one sampler."""
+
+    def __init__(self, arguments: SamplerArguments) -> None:
+        self.arguments = arguments
+        self.ledger = Ledger()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
+        self._orders: asyncio.Queue[Order] = asyncio.Queue()
+        self._weights: asyncio.Queue[tuple[int, int, memoryview]] = asyncio.Queue()
+        self._feeds: list[Dialled] = []
+
+    async def run(self) -> None:
+        """Serve orders until the run ends. Raises typed errors with one readable line."""
+        a = self.arguments
+        a.out.mkdir(parents=True, exist_ok=True)
+        hello = Hello(role="sampler", offers_replay=a.engine == "replay")
+        membership = await join(a.anchor, "Anchor/Sample", hello, self.ledger, a.wait_s, "anchor-sampler")
+        if membership.manifest.config.run.threads:
+            torch.set_num_threads(membership.manifest.config.run.threads)
+        source = await self._call(Source, membership.manifest, a)
+        self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        tasks = []
+        try:
+            await self._ready(membership, source)
+            start = await self._await_start(membership, source)
+            await self._dial_stages(membership, start)
+            self._on_signals(membership)
+            tasks = [
+                asyncio.create_task(self._guard(work))
+                for work in (
+                    self._read_anchor(membership, source),
+                    self._serve_orders(membership, source),
+                    *(self._read_feed(stage, feed) for stage, feed in enumerate(self._feeds)),
+                )
+            ]
+            log.info("the run is over: %s", await self.over)
+            await membership.anchor.send_report(Report(type="ledger", tick=source.version), source.version)
+            await membership.anchor.finish()
+        finally:
+            for task in tasks:
+                task.cancel()
+            for feed in self._feeds:
+                await feed.close()
+            source.close()
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    async def _guard(self, work: Any) -> None:
+        try:
+            await work
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            if not self.over.done():
+                self.over.set_exception(error)
+
+    async def _ready(self, membership: Membership, source: Source) -> None:
+        found = await self._call(fingerprint, source.model_path)
+        if not source.replaying and found != membership.manifest.model_fingerprint:
+            raise BadFrame(
+                f"{source.model_path} is not the checkpoint of this run (fingerprint {found[:12]}..., wanted "
+                f"{membership.manifest.model_fingerprint[:12]}...): point --model at the same files"
+            )
+        await membership.anchor.send(Frame(Header(FrameKind.READY), to_bytes(Ready(model_fingerprint=found))))
+
+    async def _await_start(self, membership: Membership, source: Source) -> Start:
+        while True:
+            frame = await membership.anchor.receive()
+            if frame is None:
+                raise PeerLost("the anchor closed the stream before the start")
+            match frame.header.kind:
+                case FrameKind.BASIS:
+                    source.hold_bases(from_bytes(BasisSet, frame.payload))
+                case FrameKind.START:
+                    return from_bytes(Start, frame.payload)
+                case kind:
+                    raise BadFrame(f"the anchor sent {kind.name} before the start")
+
+    async def _dial_stages(self, membership: Membership, start: Start) -> None:
+        hello = to_bytes(Hello(role="feed", manifest_digest=membership.digest))
+        for stage, address in enumerate(start.stage_addresses):
+            feed = await dial(address, "Stage/Feed", self.ledger, f"stage {stage}", self.arguments.wait_s)
+            self._feeds.append(feed)
+            feed.name(f"sampler-stage{stage}", "down", {FrameKind.WEIGHTS: WEIGHTS_LIMIT})
+            await feed.send(Frame(Header(FrameKind.HELLO, membership.run), hello))
+            from_bytes(Welcome, (await feed.expect(FrameKind.WELCOME)).payload)
+
+    async def _read_anchor(self, membership: Membership, source: Source) -> None:
+        while (frame := await membership.anchor.receive()) is not None:
+            match frame.header.kind:
+                case FrameKind.BASIS:
+                    source.hold_bases(from_bytes(BasisSet, frame.payload))
+                case FrameKind.STOP:
+                    if not self.over.done():
+                        self.over.set_result(from_bytes(Stop, frame.payload).reason)
+                    return  # the last report is still to be sent: cancelling a read would end the stream
+                case kind:
+                    raise BadFrame(f"the anchor sent {kind.name}")
+        if not self.over.done():
+            raise PeerLost("the anchor closed its stream")
+
+    async def _read_feed(self, stage: int, feed: Dialled) -> None:
+        while (frame := await feed.receive()) is not None:
+            match frame.header.kind:
+                case FrameKind.ORDER:
+                    self._orders.put_nowait(from_bytes(Order, frame.payload))
+                case FrameKind.WEIGHTS:
+                    self._weights.put_nowait((stage, frame.header.tick, memoryview(frame.payload)))
+                case kind:
+                    raise BadFrame(f"stage {stage} sent {kind.name}")
+        if not self.over.done():
+            raise PeerLost(f"stage {stage} closed its stream")
+
+    async def _serve_orders(self, membership: Membership, source: Source) -> None:
+        while True:
+            order = await self._orders.get()
+            started = time.monotonic()
+            if not source.replaying:
+                await self._fetch(order.weight_version, source)
+            fetched_s = time.monotonic() - started
+            if order.generate:
+                collected = await self._call(source.collect, order)
+                generated_s = time.monotonic() - started - fetched_s
+                await self._deliver(order, collected)
+                if collected is not None and collected.metrics:
+                    numbers = {**collected.metrics, "fetch_s": fetched_s, "generate_s": generated_s}
+                    await self._report(
+                        membership, Report("rollout", order.weight_version, {"batch": order.batch, **numbers})
+                    )
+            if order.evaluate and not source.replaying and source.validation:
+                await self._report(membership, self._evaluated(order, *await self._call(source.evaluate)))
+
+    async def _report(self, membership: Membership, report: Report) -> None:
+        await membership.anchor.send_report(report, report.tick)
+
+    async def _deliver(self, order: Order, collected: Collected | None) -> None:
+        message = Rollouts(batch=order.batch, exhausted=True)
+        if collected is not None:
+            message = rollouts_message(collected.rollouts)
+        await self._feeds[0].send(
+            Frame(Header(FrameKind.ROLLOUTS, tick=order.weight_version, batch=order.batch), to_bytes(message))
+        )
+
+    async def _fetch(self, version: int, source: Source) -> None:
+        """Bring the engine to a version; all stages must answer with the same one."""
+        wanted = set(range(len(self._feeds)))
+        while source.version < version:
+            for stage in sorted(wanted):
+                await self._feeds[stage].send(Frame(Header(FrameKind.FETCH, tick=version), to_bytes(Fetch(version))))
+            got: dict[int, tuple[int, memoryview]] = {}
+            while len(got) < len(wanted):
+                stage, found, payload = await self._weights.get()
+                got[stage] = (found, payload)
+            version = max(found for found, _ in got.values())
+            if any(found < version for found, _ in got.values()):
+                continue  # a stage was still at the older one: ask all again for the newest
+            for _, payload in got.values():
+                state = await self._call(load, bytes(payload))
+                await self._call(source.load_weights, state, version)
+
+    def _evaluated(self, order: Order, plain: Evaluation, compressed: Evaluation | None) -> Report:
+        numbers: dict[str, float] = {
+            "batch": order.batch,
+            "eval/accuracy": plain.accuracy,
+            "eval/interval95": 1.96 * plain.standard_error,
+            "eval/mean_length": plain.mean_length,
+            "eval/truncated_ratio": plain.truncated_share,
+            "eval/prompts": plain.completions,
+        }
+        if compressed is not None:
+            numbers["eval/accuracy_compressed"] = compressed.accuracy
+        return Report("eval", order.weight_version, numbers)
+
+    def _on_signals(self, membership: Membership) -> None:
+        loop = asyncio.get_running_loop()
+        tasks: list[asyncio.Task[None]] = []
+
+        def leave(name: str) -> None:
+            if tasks:
+                if not self.over.done():
+                    self.over.set_exception(KeyboardInterrupt(name))
+                return
+            log.warning("%s: asking for the end of the run; once more to leave at once", name)
+            frame = Frame(Header(FrameKind.STOP), to_bytes(Stop(reason=f"the sampler got {name}")))
+            tasks.append(loop.create_task(membership.anchor.send(frame)))
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, leave, number.name)

@@ -1,0 +1,275 @@
+"""What one stage does next: 1F1B over the microbatches of a round, then vote, then apply. Sans-I/O: events in, commands out.
+
+No tensor, socket, clock or thread lives here. The shell (worker.py) turns frames and finished computations into events
+and carries the commands out; a simulation can do the same under a virtual clock.
+
+A *round* is a tick (mode TRAIN) or a forward-only pass over a batch (SCORE, REFERENCE). Rounds queue up in the order
+stage 0 began them; only the first is worked on, but frames of later ones may already arrive.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from dataclasses import dataclass, field
+
+from swarm_core.wire.messages import Decide, Mode, Outcome
+
+
+class ProtocolError(Exception):
+    """A peer did what the protocol does not allow; the message says what came and what was expected."""
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Identity of a round and everything stage 0 decided about it."""
+
+    epoch: int = 0
+    tick: int = 0
+    attempt: int = 0
+    lineage: int = 0
+    mode: Mode = Mode.TRAIN
+    batch: int = 0
+    pass_: int = 0
+    slice: int = 0
+    microbatches: int = 0
+    basis_version: int = 0
+    correction: int = 0
+    step: int = 0
+
+    @property
+    def key(self) -> tuple[int, int, int, Mode, int]:
+        return (self.epoch, self.tick, self.attempt, self.mode, self.batch)
+
+
+class Op(enum.Enum):
+    """A piece of work for the compute thread."""
+
+    FORWARD = "forward"
+    LOSS = "loss"  # last stage: forward, loss and backward of one microbatch
+    BACKWARD = "backward"
+    SCORE = "score"
+    TALLY = "tally"  # check the accumulated gradient, merge the correction, take the norms
+    APPLY = "apply"  # step, or skip, or only save
+
+
+# Events ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Begun:
+    stamp: Stamp
+
+
+@dataclass(frozen=True)
+class ActivationCame:
+    key: tuple[int, int, int, Mode, int]
+    microbatch: int
+
+
+@dataclass(frozen=True)
+class GradientCame:
+    key: tuple[int, int, int, Mode, int]
+    microbatch: int
+
+
+@dataclass(frozen=True)
+class VoteCame:
+    """The vote of all stages downstream."""
+
+    key: tuple[int, int, int, Mode, int]
+
+
+@dataclass(frozen=True)
+class Decided:
+    decide: Decide
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The compute thread is free again."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """The link has taken one activation off our hands."""
+
+
+Event = Begun | ActivationCame | GradientCame | VoteCame | Decided | Computed | Sent
+
+
+# Commands --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compute:
+    op: Op
+    stamp: Stamp
+    microbatch: int = 0
+    decide: Decide | None = None
+
+
+@dataclass(frozen=True)
+class CastVote:
+    """Own tally and everything downstream are in: vote upstream (stage 0: decide)."""
+
+    stamp: Stamp
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The round is over on this stage."""
+
+    stamp: Stamp
+
+
+Command = Compute | CastVote | Finished
+
+
+@dataclass
+class _Round:
+    stamp: Stamp
+    activations: set[int] = field(default_factory=set)
+    gradients: set[int] = field(default_factory=set)
+    forwarded: int = 0
+    backwarded: int = 0
+    tallied: bool = False
+    downstream_voted: bool = False
+    voted: bool = False
+    decide: Decide | None = None
+
+
+class Schedule:
+    """One stage's schedule. `handle(event)` returns the commands that follow from it."""
+
+    def __init__(self, stage: int, stages: int) -> None:
+        self.stage = stage
+        self.stages = stages
+        self.credit = 2 * stages  # activations computed but not yet taken by the link; 1F1B alone keeps a tick below it
+        self._unsent = 0
+        self._rounds: deque[_Round] = deque()
+        self._running: Compute | None = None
+
+    @property
+    def first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    @property
+    def idle(self) -> bool:
+        """Nothing begun is unfinished."""
+        return not self._rounds
+
+    def waiting_for(self) -> str:
+        """What the stage waits for, in words; empty while it computes or has nothing to do."""
+        if self._running is not None or not self._rounds:
+            return ""
+        r = self._rounds[0]
+        where = f"tick {r.stamp.tick} {r.stamp.mode.name.lower()}"
+        if r.voted or r.tallied and r.downstream_voted:
+            return f"{where}: the decision of stage 0"
+        if r.tallied:
+            return f"{where}: the vote of stage {self.stage + 1}"
+        if r.forwarded < r.stamp.microbatches and r.forwarded not in r.activations:
+            return f"{where}: activation {r.forwarded} of stage {self.stage - 1}"
+        return f"{where}: gradient {r.backwarded} of stage {self.stage + 1}"
+
+    def handle(self, event: Event) -> list[Command]:
+        commands: list[Command] = []
+        match event:
+            case Begun(stamp):
+                self._begin(stamp)
+            case ActivationCame(key, microbatch):
+                self._note(self._find(key).activations, microbatch, key, "activation")
+            case GradientCame(key, microbatch):
+                self._note(self._find(key).gradients, microbatch, key, "gradient")
+            case VoteCame(key):
+                self._find(key).downstream_voted = True
+            case Decided(decide):
+                self._decided(decide)
+            case Computed():
+                commands += self._computed()
+            case Sent():
+                self._unsent -= 1
+        if self._rounds:
+            r = self._rounds[0]
+            if r.tallied and not r.voted and (r.downstream_voted or self.last) and r.decide is None:
+                r.voted = True
+                commands.append(CastVote(r.stamp))
+        if self._running is None and self._rounds:
+            self._running = self._next(self._rounds[0])
+            if self._running is not None:
+                commands.append(self._running)
+        return commands
+
+    def _begin(self, stamp: Stamp) -> None:
+        if any(r.stamp.key == stamp.key for r in self._rounds):
+            raise ProtocolError(f"round {stamp.key} was begun twice")
+        r = _Round(stamp)
+        if self.first:
+            r.activations.update(range(stamp.microbatches))  # stage 0 holds the token ids
+        self._rounds.append(r)
+
+    def _find(self, key: tuple[int, int, int, Mode, int]) -> _Round:
+        for r in self._rounds:
+            if r.stamp.key == key:
+                return r
+        raise ProtocolError(f"a frame of round {key} arrived; open are {[r.stamp.key for r in self._rounds]}")
+
+    def _note(self, seen: set[int], microbatch: int, key: object, what: str) -> None:
+        if microbatch in seen:
+            raise ProtocolError(f"{what} {microbatch} of round {key} came twice")
+        seen.add(microbatch)
+
+    def _decided(self, decide: Decide) -> None:
+        if decide.outcome == Outcome.HOLD:
+            self._rounds.append(_Round(Stamp(), tallied=True, voted=True, decide=decide))
+            return
+        for r in self._rounds:
+            if r.voted and r.decide is None:
+                r.decide = decide
+                return
+        raise ProtocolError(f"{Outcome(decide.outcome).name} came, but no tick of stage {self.stage} has voted")
+
+    def _computed(self) -> list[Command]:
+        done, self._running = self._running, None
+        if done is None:
+            raise ProtocolError("a computation ended that was never started")
+        r = self._rounds[0]
+        match done.op:
+            case Op.FORWARD | Op.SCORE:
+                r.forwarded += 1
+                self._unsent += not self.last
+            case Op.LOSS:
+                r.forwarded += 1
+                r.backwarded += 1
+            case Op.BACKWARD:
+                r.backwarded += 1
+            case Op.TALLY:
+                r.tallied = True
+        if done.op is Op.APPLY or r.stamp.mode is not Mode.TRAIN and r.forwarded == r.stamp.microbatches:
+            self._rounds.popleft()
+            return [Finished(r.stamp)]
+        return []
+
+    def _next(self, r: _Round) -> Compute | None:
+        s = r.stamp
+        ready = r.forwarded < s.microbatches and r.forwarded in r.activations
+        forward_ready = ready and self._unsent < self.credit
+        if s.mode is not Mode.TRAIN:
+            return Compute(Op.SCORE, s, r.forwarded) if forward_ready else None
+        if r.tallied:
+            return Compute(Op.APPLY, s, decide=r.decide) if r.decide is not None else None
+        if r.backwarded == s.microbatches:
+            return Compute(Op.TALLY, s)
+        if self.last:
+            return Compute(Op.LOSS, s, r.forwarded) if forward_ready else None
+        # 1F1B: a backward whenever one is there; at most stages - stage microbatches are between the two.
+        if r.backwarded < r.forwarded and r.backwarded in r.gradients:
+            return Compute(Op.BACKWARD, s, r.backwarded)
+        if forward_ready and r.forwarded - r.backwarded < self.stages - self.stage:
+            return Compute(Op.FORWARD, s, r.forwarded)
+        return None

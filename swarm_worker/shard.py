@@ -1,0 +1,78 @@
+"""One stage's part of a checkpoint: a single safetensors file with weights, optimizer, bases and batch, and its metadata.
+
+Written to a temporary name, synced and renamed, so that a shard is whole or absent. The index over all shards and the
+marker that makes a checkpoint complete are the anchor's (anchor_node/checkpoints.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from swarm_core.exits import UserError
+
+
+class ShardError(UserError):
+    """A shard is missing, damaged or of another run; the message says which file and what to do."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Tensors under dotted names (`model.`..., `optimizer.`..., `basis.`..., `batch.`...) and a JSON document."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+def shard_name(stage: int, stages: int) -> str:
+    return f"stage-{stage:02d}-of-{stages:02d}.safetensors"
+
+
+def write_shard(path: Path, shard: Shard) -> tuple[str, int]:
+    """Write atomically; returns (sha256 of the file, its size in bytes)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.tensors.items()}
+    save_file(tensors, temporary, metadata={"kedge": json.dumps(shard.meta, sort_keys=True)})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = os.fstat(file.fileno()).st_size
+    temporary.rename(path)
+    return digest, size
+
+
+def read_shard(path: Path, digest: str = "") -> Shard:
+    """Read a shard back; `digest` (when given) must match. Raises ShardError."""
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest and found != digest:
+            raise ShardError(f"{path}: sha256 is {found[:12]}..., the index says {digest[:12]}...: the file is damaged")
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {})["kedge"])
+            return Shard({name: file.get_tensor(name) for name in file.keys()}, meta)
+    except FileNotFoundError:
+        raise ShardError(
+            f"{path}: no such shard; this stage's shard must lie below the worker's --out folder to resume"
+        ) from None
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise ShardError(f"{path}: not a readable shard ({error})") from None
+
+
+def select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below `prefix.`, with the prefix cut off."""
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(prefix + ".")}
+
+
+def clone_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, for a snapshot that training must not move under us."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

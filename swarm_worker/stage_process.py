@@ -1,0 +1,234 @@
+"""The process of one stage worker: join, load, wait for the start, meet the neighbours, work, leave. The shell's shell."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from swarm_core.models.architecture import fingerprint, resolve
+from swarm_core.wire.errors import ManifestMismatch
+from swarm_core.wire.frames import Frame, Header
+from swarm_core.wire.ledger import Ledger
+from swarm_core.wire.messages import (
+    BasisSet,
+    FrameKind,
+    Hello,
+    Ready,
+    Report,
+    Start,
+    Stop,
+    Welcome,
+    from_bytes,
+    to_bytes,
+)
+from swarm_core.wire.streams import Dialled, FrameStream, dial
+from swarm_worker.compute import StageCompute
+from swarm_worker.device import pick_device
+from swarm_worker.journal import Journal
+from swarm_worker.lead import LeadState
+from swarm_worker.leader import Leader
+from swarm_worker.membership import Membership, join, read_bases
+from swarm_worker.sampler.replay import ReplayWriter, cut_record
+from swarm_worker.service import BELOW_LIMITS, StageService
+from swarm_worker.shard import Shard, ShardError, read_shard, shard_name
+from swarm_worker.worker import Position, StageWorker
+
+log = logging.getLogger(__name__)
+NEIGHBOUR_WAIT_S = 60.0  # neighbours were told to start together; a minute covers a slow link's handshake
+
+
+@dataclass(frozen=True)
+class StageArguments:
+    """The command line of `swarm_worker join`."""
+
+    stage: int
+    anchor: str
+    listen: str = "127.0.0.1:0"
+    advertise: str | None = None
+    out: Path = Path("runs/worker")
+    model: str | None = None
+    expect_digest: str = ""
+    wait_s: float = 60.0
+
+
+async def hold_stage(arguments: StageArguments) -> None:
+    """`swarm_worker join`. Built inside the running loop, which gRPC's asyncio server binds to."""
+    await StageProcess(arguments).run()
+
+
+class StageProcess:
+    """Everything from the command line to the exit of one stage worker."""
+
+    def __init__(self, arguments: StageArguments) -> None:
+        self.arguments = arguments
+        self.ledger = Ledger()
+        self.worker: StageWorker | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._link_may_start = asyncio.Event()
+        self.service = StageService(arguments.stage, self.ledger, self._serve_above, self._take_rollouts)
+
+    async def run(self) -> None:
+        """Join, work until the run ends, leave. Raises typed errors with one readable line."""
+        a = self.arguments
+        address = await self.service.server.start(a.listen)
+        hello = Hello(role="stage", stage=a.stage, address=a.advertise or address, manifest_digest=a.expect_digest)
+        membership = await join(a.anchor, "Anchor/Attend", hello, self.ledger, a.wait_s, f"anchor-stage{a.stage}")
+        below = None
+        try:
+            compute = await self._load(membership)
+            start = await self._await_start(membership, compute)
+            below = await self._dial_below(membership, start)
+            self._assemble(membership, compute, start)
+            assert self.worker is not None
+            self._on_signals(membership.anchor, self.worker.fail)
+            self.worker.spawn(self.worker.read_anchor(membership.anchor))
+            self._link_may_start.set()
+            reason = await self.worker.run(below)
+            log.info("the run is over: %s", reason)
+            tick = self.worker.position.tick
+            await membership.anchor.send_report(Report(type="ledger", tick=tick), tick)
+            await membership.anchor.finish()
+        finally:
+            if below is not None:
+                await below.close()
+            await self.service.server.stop()
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _load(self, membership: Membership) -> StageCompute:
+        config = membership.manifest.config
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        path = resolve(self.arguments.model or config.model.path)
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._thread, fingerprint, path)
+        device = pick_device(config.run.device)
+        compute = await loop.run_in_executor(
+            self._thread, StageCompute, membership.manifest, self.arguments.stage, path, device
+        )
+        parameters = sum(p.numel() for p in compute.parameters)
+        log.info(
+            "stage %d of %d: layers %d to %d, %.2f M parameters on %s",
+            compute.span.stage,
+            compute.span.stages,
+            compute.span.first_layer,
+            compute.span.last_layer - 1,
+            parameters / 1e6,
+            device,
+        )
+        size = sum(p.numel() * p.element_size() for p in compute.parameters)
+        ready = Ready(parameters, size, found)
+        await membership.anchor.send(Frame(Header(FrameKind.READY, membership.run), to_bytes(ready)))
+        return compute
+
+    async def _await_start(self, membership: Membership, compute: StageCompute) -> Start:
+        while True:
+            frame = await membership.anchor.receive()
+            if frame is None:
+                raise ManifestMismatch("the anchor closed the stream before the start")
+            if frame.header.kind is FrameKind.BASIS:
+                message = from_bytes(BasisSet, frame.payload)
+                compute.add_bases(message.version, read_bases(message, membership.manifest))
+            elif frame.header.kind is FrameKind.STOP:
+                raise ManifestMismatch(f"the anchor stopped the run: {from_bytes(Stop, frame.payload).reason}")
+            else:
+                return from_bytes(Start, frame.payload)
+
+    async def _dial_below(self, membership: Membership, start: Start) -> Dialled | None:
+        stage = self.arguments.stage
+        self.service.open(membership.digest)
+        if stage + 1 == membership.manifest.stages:
+            return None
+        address = start.stage_addresses[stage + 1]
+        below = await dial(address, "Stage/Link", self.ledger, f"stage {stage + 1}", NEIGHBOUR_WAIT_S)
+        below.name(f"stage{stage}-stage{stage + 1}", "down", BELOW_LIMITS)
+        hello = Hello(role="link", stage=stage, manifest_digest=membership.digest)
+        await below.send(Frame(Header(FrameKind.HELLO, membership.run), to_bytes(hello)))
+        from_bytes(Welcome, (await below.expect(FrameKind.WELCOME)).payload)
+        return below
+
+    def _assemble(self, membership: Membership, compute: StageCompute, start: Start) -> None:
+        a = self.arguments
+        state, position = LeadState(epoch=start.epoch), Position(epoch=start.epoch)
+        if start.checkpoint:
+            shard = self._read_shard(membership, start)
+            compute.from_shard(shard)
+            position = Position(int(shard.meta["tick"]), int(shard.meta["lineage"]), start.epoch)
+            if a.stage == 0:
+                state = LeadState.from_json(shard.meta["lead"])
+                state.epoch, state.published = start.epoch, position.tick
+            compute.publish(position.tick)
+            self.service.offer(position.tick, compute.published[position.tick])
+            log.info("continuing at tick %d from %s", position.tick, start.checkpoint)
+        leader = None
+        if a.stage == 0:
+            journal = Journal(a.out / "journal.jsonl", position.tick)
+            record = self._open_record(membership, state.next_batch)
+            leader = Leader(membership.manifest, compute.loss_spec, compute.dtype, journal, state, record)
+        self.worker = StageWorker(
+            membership.manifest,
+            membership.digest,
+            membership.run,
+            compute,
+            self._thread,
+            self.service,
+            membership.anchor,
+            position,
+            leader,
+            a.out,
+        )
+
+    def _open_record(self, membership: Membership, next_batch: int) -> ReplayWriter | None:
+        config = membership.manifest.config
+        if not config.sampler.record:
+            return None
+        path = self.arguments.out / "rollouts.jsonl"
+        cut_record(path, next_batch)  # batches after the checkpoint will be drawn again
+        return ReplayWriter(path, config.grpo.completions_per_prompt, config.grpo.prompts_per_batch)
+
+    def _read_shard(self, membership: Membership, start: Start) -> Shard:
+        a = self.arguments
+        name = shard_name(a.stage, membership.manifest.stages)
+        path = a.out / "checkpoints" / start.checkpoint / name
+        shard = read_shard(path, start.shard_digests.get(a.stage, ""))
+        if shard.meta.get("manifest_digest") != membership.digest:
+            raise ShardError(
+                f"{path} was written under manifest {str(shard.meta.get('manifest_digest'))[:12]}..., the anchor runs "
+                f"{membership.digest[:12]}...: resume with the run file of that run"
+            )
+        return shard
+
+    async def _serve_above(self, stream: FrameStream) -> None:
+        await self._link_may_start.wait()
+        assert self.worker is not None
+        await self.worker.serve_above(stream)
+
+    def _take_rollouts(self, message: object) -> None:
+        assert self.worker is not None
+        self.worker.take_rollouts(message)  # type: ignore[arg-type]
+
+    def _on_signals(self, anchor: FrameStream, fail: Callable[[BaseException], None]) -> None:
+        """SIGTERM or SIGINT: ask for the end of the run after this tick; a second one ends this process at once."""
+        loop = asyncio.get_running_loop()
+        asked = False
+
+        def leave(name: str) -> None:
+            nonlocal asked
+            if asked:
+                fail(KeyboardInterrupt(name))
+                return
+            asked = True
+            log.warning("%s: leaving after this tick, with a checkpoint; once more to leave at once", name)
+            stop = Stop(reason=f"stage {self.arguments.stage} got {name}")
+            frame = Frame(Header(FrameKind.STOP), to_bytes(stop))
+            self._leaving = loop.create_task(anchor.send(frame))
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, leave, number.name)
+

@@ -1,0 +1,488 @@
+"""A stage worker: turns frames and finished work into events of the schedule, and carries its commands out.
+
+One asyncio thread moves frames and decides; one compute thread moves tensors. Neither waits for the other: what is to
+be sent is posted to an outbox, what is to be computed is handed to the compute thread, and both come back as events.
+Joining and starting are in stage_process.py; what stage 0 leads is in leader.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from swarm_core.manifest import Manifest
+from swarm_core.wire.errors import BadFrame, ManifestMismatch, PeerLost, StaleEpoch
+from swarm_core.wire.frames import Frame, Header
+from swarm_core.wire.messages import (
+    BasisMatrix,
+    BasisSet,
+    BatchData,
+    Begin,
+    Decide,
+    FrameKind,
+    Mode,
+    Outcome,
+    Report,
+    Rollouts,
+    Saved,
+    Sketch,
+    StageVote,
+    Stop,
+    Vote,
+    from_bytes,
+    to_bytes,
+)
+from swarm_core.wire.rollouts import batch_data, read_batch, read_rollouts
+from swarm_core.wire.streams import FrameStream
+from swarm_worker.compute import Packet, SketchOut, StageCompute, Tally
+from swarm_worker.lead import lineage_hash
+from swarm_worker.leader import Leader
+from swarm_worker.links import Outbox
+from swarm_worker.membership import read_bases
+from swarm_worker.schedule import (
+    ActivationCame,
+    Begun,
+    CastVote,
+    Compute,
+    Computed,
+    Decided,
+    Event,
+    Finished,
+    GradientCame,
+    Op,
+    Schedule,
+    Sent,
+    Stamp,
+    VoteCame,
+)
+from swarm_worker.service import StageService
+from swarm_worker.shard import shard_name, write_shard
+
+log = logging.getLogger(__name__)
+Key = tuple[tuple[int, int, int, Mode, int], int, FrameKind]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where this stage stands in the history of the run."""
+
+    tick: int = 0
+    lineage: int = 0
+    epoch: int = 1
+
+    def after(self, stamp: Stamp, decide: Decide) -> Position:
+        """The position once this decision is applied."""
+        if decide.outcome == Outcome.HOLD:
+            return self
+        lineage = lineage_hash(stamp.lineage, stamp.epoch, stamp.attempt, Outcome(decide.outcome))
+        return Position(stamp.tick + 1, lineage, self.epoch)
+
+
+class StageWorker:
+    """One stage at work, from START to STOP. `over` resolves when the run has ended, or fails with what broke."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        digest: str,
+        run: int,
+        compute: StageCompute,
+        compute_thread: ThreadPoolExecutor,
+        service: StageService,
+        anchor: FrameStream,
+        position: Position,
+        leader: Leader | None,
+        out: Path,
+    ) -> None:
+        self.manifest, self.digest, self.run_id = manifest, digest, run
+        self.compute = compute
+        self.span = compute.span
+        self.service = service
+        self.position = position
+        self.leader = leader
+        self.out = out
+        self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.schedule = Schedule(self.span.stage, self.span.stages)
+        self.anchor = Outbox(anchor)
+        self.above: Outbox | None = None
+        self.below: Outbox | None = None
+        self._thread = compute_thread
+        self._payloads: dict[Key, memoryview | bytes] = {}
+        # Activations received but not yet computed on; beyond it the reader stops, and with it the sender's window.
+        self._room = asyncio.Semaphore(4 * self.span.stages)
+        self._tally: Tally | None = None
+        self._downstream: Vote | None = None
+        self._round_active = False
+        self._finished = False  # the last decision has been applied
+        self._basis_held = compute.newest_basis  # the newest version that every stage has voted to hold
+        self._next_lineage = position.lineage  # of the round after the last decision that arrived
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._busy_s = 0.0
+        self._vote_at = time.monotonic()
+        self.progress_at = time.monotonic()
+
+    # Life --------------------------------------------------------------------------------------------------------------
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a task whose failure ends the worker."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self.fail(task.exception())  # type: ignore[arg-type]
+
+    def fail(self, error: BaseException) -> None:
+        """End the worker with an error, once."""
+        if not self.over.done():
+            self.over.set_exception(error)
+
+    async def run(self, below: FrameStream | None) -> str:
+        """Work until STOP; returns its reason. Raises what broke."""
+        self.spawn(self.anchor.run())
+        if below is not None:
+            self.below = Outbox(below)
+            self.spawn(self.below.run())
+            self.spawn(self._read_below(below))
+        self._advance()
+        try:
+            return await self.over
+        finally:
+            for task in self._tasks:
+                task.cancel()
+
+    async def serve_above(self, stream: FrameStream) -> None:
+        """The link of the stage before, for as long as it lasts (called by the service)."""
+        self.above = Outbox(stream)
+        self.spawn(self.above.run())
+        try:
+            while (frame := await stream.receive()) is not None:
+                await self._from_above(frame)
+        except Exception as error:
+            if not self._finished:
+                self.fail(error)
+            raise
+        self._link_closed(self.span.stage - 1)
+
+    async def _read_below(self, stream: FrameStream) -> None:
+        try:
+            while (frame := await stream.receive()) is not None:
+                self._from_below(frame)
+        except PeerLost:
+            if not self._finished:
+                raise
+        self._link_closed(self.span.stage + 1)
+
+    def _link_closed(self, stage: int) -> None:
+        """After the last decision neighbours may leave in any order; before it, nobody may."""
+        if not self._finished:
+            self.fail(PeerLost(f"stage {stage} closed its link at tick {self.position.tick}"))
+
+    # Frames in ---------------------------------------------------------------------------------------------------------
+
+    def _check(self, header: Header) -> None:
+        if header.run != self.run_id:
+            raise ManifestMismatch(f"a frame of run {header.run:016x} arrived in run {self.run_id:016x}")
+        if header.epoch != self.position.epoch:
+            raise StaleEpoch(f"a frame of epoch {header.epoch} arrived in epoch {self.position.epoch}")
+
+    async def _from_above(self, frame: Frame) -> None:
+        self._check(frame.header)
+        match frame.header.kind:
+            case FrameKind.ACTIVATION:
+                await self._room.acquire()
+                self._payloads[(_key(frame.header), frame.header.microbatch, FrameKind.ACTIVATION)] = frame.payload
+                self.drive(ActivationCame(_key(frame.header), frame.header.microbatch))
+            case FrameKind.BATCH:
+                self._post_below(frame)
+                data = from_bytes(BatchData, frame.payload)
+                size = self.manifest.config.swarm.microbatch_size
+                self.compute.add_batch(read_batch(data, size, self.manifest.vocab))
+            case FrameKind.BEGIN:
+                self._post_below(frame)
+                self.drive(Begun(self._stamp(frame)))
+            case FrameKind.DECIDE:
+                self._post_below(frame)
+                decide = from_bytes(Decide, frame.payload)
+                self._next_lineage = self.position.after(_identity(frame.header), decide).lineage
+                self.drive(Decided(decide))
+            case kind:
+                raise BadFrame(f"stage {self.span.stage - 1} sent {kind.name} down the link")
+
+    def _from_below(self, frame: Frame) -> None:
+        self._check(frame.header)
+        match frame.header.kind:
+            case FrameKind.GRADIENT:
+                self._payloads[(_key(frame.header), frame.header.microbatch, FrameKind.GRADIENT)] = frame.payload
+                self.drive(GradientCame(_key(frame.header), frame.header.microbatch))
+            case FrameKind.VOTE:
+                self._downstream = from_bytes(Vote, frame.payload)
+                self.drive(VoteCame(_key(frame.header)))
+            case kind:
+                raise BadFrame(f"stage {self.span.stage + 1} sent {kind.name} up the link")
+
+    async def read_anchor(self, stream: FrameStream) -> None:
+        """Bases and the end of the run come from the anchor; no tick waits for either."""
+        while (frame := await stream.receive()) is not None:
+            match frame.header.kind:
+                case FrameKind.BASIS:
+                    message = from_bytes(BasisSet, frame.payload)
+                    self.compute.add_bases(message.version, read_bases(message, self.manifest))
+                case FrameKind.STOP:
+                    stop = from_bytes(Stop, frame.payload)
+                    self._stop(stop)
+                    if stop.now:
+                        return  # the last report is still to be sent: cancelling a read would end the stream
+                case kind:
+                    raise BadFrame(f"the anchor sent {kind.name}")
+        if not self.over.done():
+            self.fail(PeerLost(f"the anchor closed its stream at tick {self.position.tick}"))
+
+    def _stop(self, stop: Stop) -> None:
+        if stop.now:
+            if not self.over.done():
+                self.over.set_result(stop.reason)
+        elif self.leader is not None:
+            log.info("stopping after this tick: %s", stop.reason)
+            self.leader.lead.stop_requested = True
+            self._advance()
+
+    def take_rollouts(self, message: Rollouts) -> None:
+        """What a sampler delivered (stage 0)."""
+        if self.leader is None:
+            raise BadFrame(f"rollouts came to stage {self.span.stage}; only stage 0 takes them")
+        if message.exhausted:
+            self.leader.lead.sampler_exhausted()
+        else:
+            event = self.leader.take_rollouts(read_rollouts(message, self.manifest.vocab))
+            if event is not None:
+                self._report(event)
+        self._advance()
+
+    # The schedule ------------------------------------------------------------------------------------------------------
+
+    def drive(self, event: Event) -> None:
+        """Feed the schedule one event and carry out what follows."""
+        self.progress_at = time.monotonic()
+        for command in self.schedule.handle(event):
+            match command:
+                case Compute():
+                    self.spawn(self._compute(command))
+                case CastVote(stamp):
+                    self._cast_vote(stamp)
+                case Finished():
+                    self._round_active = False
+        if self.leader is not None and self.schedule.idle:
+            self._advance()
+
+    async def _compute(self, command: Compute) -> None:
+        started = time.monotonic()
+        result = await asyncio.get_running_loop().run_in_executor(self._thread, self._work, command)
+        self._busy_s += time.monotonic() - started
+        stamp = command.stamp
+        match command.op:
+            case Op.FORWARD | Op.SCORE | Op.LOSS | Op.BACKWARD:
+                if not self.span.is_first and command.op is not Op.BACKWARD:
+                    self._room.release()
+                if isinstance(result, Packet):
+                    self._send_packet(command, result)
+            case Op.TALLY:
+                self._tally = result
+            case Op.APPLY:
+                assert command.decide is not None
+                await self._applied(stamp, command.decide, *result)
+        self.drive(Computed())
+
+    def _work(self, command: Compute) -> Any:
+        """On the compute thread."""
+        stamp, microbatch = command.stamp, command.microbatch
+        match command.op:
+            case Op.FORWARD:
+                return self.compute.forward(stamp, microbatch, self._take(stamp, microbatch, FrameKind.ACTIVATION))
+            case Op.SCORE:
+                return self.compute.score(stamp, microbatch, self._take(stamp, microbatch, FrameKind.ACTIVATION))
+            case Op.LOSS:
+                return self.compute.loss(stamp, microbatch, self._take(stamp, microbatch, FrameKind.ACTIVATION))
+            case Op.BACKWARD:
+                packet = self._take(stamp, microbatch, FrameKind.GRADIENT)
+                assert packet is not None
+                return self.compute.backward(stamp, microbatch, packet)
+            case Op.TALLY:
+                return self.compute.tally(stamp)
+            case Op.APPLY:
+                assert command.decide is not None
+                return self._apply(stamp, command.decide)
+
+    def _take(self, stamp: Stamp, microbatch: int, kind: FrameKind) -> memoryview | bytes | None:
+        return self._payloads.pop((stamp.key, microbatch, kind), None)
+
+    def _apply(self, stamp: Stamp, decide: Decide) -> tuple[Position, list[SketchOut], Saved | None]:
+        sketches = self.compute.apply(stamp, decide)
+        position = self.position.after(stamp, decide)
+        if decide.publish:
+            self.compute.publish(position.tick)
+        return position, sketches, self._save(position) if decide.checkpoint else None
+
+    def _save(self, position: Position) -> Saved:
+        name = f"tick-{position.tick:08d}"
+        file = shard_name(self.span.stage, self.span.stages)
+        meta = {
+            "manifest_digest": self.digest,
+            "tick": position.tick,
+            "lineage": position.lineage,
+            "lead": self.leader.state() if self.leader is not None else None,
+        }
+        digest, size = write_shard(self.out / "checkpoints" / name / file, self.compute.to_shard(meta))
+        return Saved(position.tick, name, file, digest, size)
+
+    async def _applied(
+        self, stamp: Stamp, decide: Decide, position: Position, sketches: list[SketchOut], saved: Saved | None
+    ) -> None:
+        self.position = position
+        self._finished = decide.stop
+        tick = position.tick
+        if decide.publish:
+            await self.service.publish(tick, self.compute.published[tick], set(self.compute.published))
+        for sketch in sketches:
+            values = sketch.v_HR.contiguous().numpy().tobytes()
+            rows, columns = sketch.v_HR.shape
+            matrix = BasisMatrix(sketch.boundary, int(sketch.direction), rows, columns, values)
+            message = Sketch(sketch.version, stamp.tick, sketch.tokens, matrix, sketch.captured_share)
+            self.anchor.post(Frame(Header(FrameKind.SKETCH, self.run_id, tick=stamp.tick), to_bytes(message)))
+        if saved is not None:
+            self.anchor.post(Frame(Header(FrameKind.SAVED, self.run_id, tick=tick), to_bytes(saved)))
+        self.spawn(self.anchor.stream.send_report(Report(type="ledger", tick=stamp.tick), stamp.tick))
+        if decide.stop and self.leader is not None:
+            report, order = self.leader.ending()
+            self._report(report)
+            if order is not None:
+                await self.service.order(order)
+
+    # Votes and what stage 0 leads --------------------------------------------------------------------------------------
+
+    def _cast_vote(self, stamp: Stamp) -> None:
+        assert self._tally is not None
+        numbers = dict(self._tally.numbers)
+        now = time.monotonic()
+        wall, self._vote_at = now - self._vote_at, now
+        numbers[f"busy_s/stage_{self.span.stage}"] = self._busy_s
+        numbers[f"wait_s/stage_{self.span.stage}"] = max(0.0, wall - self._busy_s)
+        self._busy_s = 0.0
+        own = StageVote(self.span.stage, True, self.compute.newest_basis, self._tally.norms, numbers)
+        down = self._downstream or Vote()
+        vote = Vote([own, *down.votes], self._tally.gated or down.gated)
+        self._tally, self._downstream = None, None
+        if self.leader is None:
+            assert self.above is not None
+            self.above.post(Frame(self._header(FrameKind.VOTE, stamp), to_bytes(vote)))
+            return
+        self._basis_held = min(v.basis_held for v in vote.votes)
+        batch = self.compute.batches[stamp.batch]
+        tokens = sum(batch.layout(stamp.slice, i).tokens for i in range(stamp.microbatches))
+        decide, row = self.leader.decide(stamp, vote.votes, vote.gated, tokens)
+        self._send_decision(stamp, decide)
+        self._report(row)
+
+    def _send_decision(self, stamp: Stamp, decide: Decide) -> None:
+        self._round_active = True  # until it is applied
+        if self.below is not None:
+            self.below.post(Frame(self._header(FrameKind.DECIDE, stamp), to_bytes(decide)))
+        self.drive(Decided(decide))
+
+    def _advance(self) -> None:
+        """Stage 0, whenever nothing is under way: order rollouts, begin the next round, or hold."""
+        if self.leader is None:
+            return
+        lead = self.leader.lead
+        order = self.leader.next_order()
+        if order is not None:
+            self.spawn(self.service.order(order))
+        if self._round_active or not self.schedule.idle or lead.finished:
+            return
+        hold = lead.hold()
+        if hold is not None:
+            self._send_decision(Stamp(epoch=self.position.epoch, tick=self.position.tick), hold)
+            return
+        batch = self.leader.next_batch(self._basis_held)
+        if batch is not None:
+            self.compute.add_batch(batch)
+            header = Header(FrameKind.BATCH, self.run_id, self.position.epoch, self.position.tick, batch=batch.number)
+            self._post_below(Frame(header, to_bytes(batch_data(batch, self.manifest.vocab))))
+            order = self.leader.next_order()  # with overlap, the next batch is generated meanwhile
+            if order is not None:
+                self.spawn(self.service.order(order))
+        stamp = lead.next_round()
+        if stamp is not None:
+            self._round_active = True
+            begin = Begin(stamp.microbatches, stamp.basis_version, stamp.correction, stamp.step)
+            self._post_below(Frame(self._header(FrameKind.BEGIN, stamp), to_bytes(begin)))
+            self.drive(Begun(stamp))
+
+    # Frames out --------------------------------------------------------------------------------------------------------
+
+    def _header(self, kind: FrameKind, stamp: Stamp, microbatch: int = 0) -> Header:
+        return Header(
+            kind=kind,
+            run=self.run_id,
+            epoch=stamp.epoch,
+            tick=stamp.tick,
+            attempt=stamp.attempt,
+            lineage=stamp.lineage,
+            mode=stamp.mode,
+            batch=stamp.batch,
+            pass_=stamp.pass_,
+            slice=stamp.slice,
+            microbatch=microbatch,
+        )
+
+    def _stamp(self, frame: Frame) -> Stamp:
+        h = frame.header
+        if h.lineage != self._next_lineage:
+            raise ManifestMismatch(
+                f"tick {h.tick} builds on lineage {h.lineage:016x}, stage {self.span.stage} holds "
+                f"{self._next_lineage:016x}: they do not share a history"
+            )
+        begin = from_bytes(Begin, frame.payload)
+        return replace(
+            _identity(h),
+            microbatches=begin.microbatches,
+            basis_version=begin.basis_version,
+            correction=begin.correction,
+            step=begin.step,
+        )
+
+    def _send_packet(self, command: Compute, packet: Packet) -> None:
+        up = command.op in (Op.LOSS, Op.BACKWARD)
+        kind = FrameKind.GRADIENT if up else FrameKind.ACTIVATION
+        frame = Frame(
+            self._header(kind, command.stamp, command.microbatch), packet.payload, dense_bytes=packet.dense_bytes
+        )
+        if up:
+            assert self.above is not None
+            self.above.post(frame)
+        else:
+            assert self.below is not None
+            self.below.post(frame, sent=lambda: self.drive(Sent()))
+
+    def _post_below(self, frame: Frame) -> None:
+        if self.below is not None:
+            self.below.post(frame)
+
+    def _report(self, report: Report) -> None:
+        self.anchor.post(Frame(Header(FrameKind.REPORT, self.run_id, tick=report.tick), to_bytes(report)))
+
+
+def _identity(h: Header) -> Stamp:
+    return Stamp(h.epoch, h.tick, h.attempt, h.lineage, h.mode, h.batch, h.pass_, h.slice)
+
+
+def _key(header: Header) -> tuple[int, int, int, Mode, int]:
+    return _identity(header).key

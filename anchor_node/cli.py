@@ -1,0 +1,114 @@
+"""The command line of `anchor_node`. Parses and hands over; imports of heavy libraries wait until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DESCRIPTION = "The slow node of a Kedge swarm: starts the run, keeps the compression basis fresh, keeps the books."
+EXAMPLES = """examples:
+  anchor_node serve --config examples/tiny/run.toml --listen 0.0.0.0:7400 --out runs/demo
+      serve a run; it starts as soon as every stage has joined
+  anchor_node serve --config run.toml --listen 0.0.0.0:7400 --out runs/demo --resume
+      continue it from the newest checkpoint
+  anchor_node serve --config run.toml --dry-run
+      validate the run file and print the plan: stages, bytes a tick, memory
+  anchor_node export runs/demo --to exported
+      write the newest checkpoint as a model that transformers loads
+  anchor_node report runs/demo
+      write report.html again and print the ledger
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="anchor_node",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve a run", epilog=EXAMPLES, formatter_class=top.formatter_class)
+    serve.add_argument("--config", type=Path, required=True, metavar="RUN.TOML", help="the run file")
+    serve.add_argument(
+        "--listen", default="127.0.0.1:7400", metavar="HOST:PORT", help="where workers dial in (default %(default)s)"
+    )
+    serve.add_argument(
+        "--out", type=Path, default=Path("runs/run"), metavar="DIR", help="the run folder (default %(default)s)"
+    )
+    serve.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KNOB=VALUE", help="override a knob; may be repeated"
+    )
+    serve.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    serve.add_argument("--dry-run", action="store_true", help="validate, print the plan, start nothing")
+    serve.add_argument("--log", type=Path, metavar="FILE", help="write the log there instead of to stderr")
+
+    export = commands.add_parser("export", help="write a checkpoint in Hugging Face layout", epilog=EXAMPLES, formatter_class=top.formatter_class)
+    export.add_argument("run", type=Path, metavar="DIR", help="a run folder, or one checkpoint folder in it")
+    export.add_argument("--to", type=Path, required=True, metavar="HF_DIR", help="the folder to write")
+
+    report = commands.add_parser("report", help="write a run's report.html again", epilog=EXAMPLES, formatter_class=top.formatter_class)
+    report.add_argument("run", type=Path, metavar="DIR", help="a run folder")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 2 refused input, 1 something broke, 130 interrupted."""
+    arguments = parser().parse_args(argv)
+    from swarm_core.exits import run_to_exit_code
+
+    name = f"anchor_node {arguments.command}"
+    if arguments.command == "serve":
+        return run_to_exit_code(name, lambda: _serve(arguments))
+    if arguments.command == "export":
+        from anchor_node.export import export_run
+
+        return run_to_exit_code(name, lambda: export_run(arguments.run, arguments.to))
+    return run_to_exit_code(name, lambda: _report(arguments.run))
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from swarm_core.config import load, parse_overrides
+
+    config = load(arguments.config, parse_overrides(arguments.set))
+    if arguments.dry_run:
+        from anchor_node.plan import print_plan
+
+        print_plan(config)
+        return 0
+    if arguments.log is not None:
+        arguments.log.parent.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        level=logging.INFO,
+        filename=arguments.log,
+        format="%(asctime)s %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    from anchor_node.serve import ServeArguments, serve
+
+    given = ServeArguments(config, arguments.config, arguments.listen, arguments.out, arguments.resume)
+    reason = asyncio.run(serve(given))
+    print(f"The run is over: {reason}.")
+    return _report(arguments.out)
+
+
+def _report(run: Path) -> int:
+    from rich.console import Console
+
+    from anchor_node.record import ledger_summary, print_ledger
+    from anchor_node.report import write_report
+
+    page = write_report(run)
+    print_ledger(Console(), ledger_summary(run))
+    print(f"Report: {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

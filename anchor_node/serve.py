@@ -1,0 +1,141 @@
+"""`anchor_node serve`: from a run file to a finished run folder. Prepares, serves, and writes the report at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anchor_node.books import Books
+from anchor_node.calibrator import BasisKeeper, Key, calibration_samples, first_bases
+from anchor_node.checkpoints import CheckpointError, latest, load_bases
+from anchor_node.live import LiveTable
+from anchor_node.service import AnchorService
+from codec.spec import Direction
+from swarm_core.config import RunConfig
+from swarm_core.data.dataset import load_rows, prompt_indices
+from swarm_core.data.prompts import encode_prompt
+from swarm_core.manifest import Manifest, make_manifest
+from swarm_core.models.architecture import eos_ids, fingerprint, read_shape, resolve
+from swarm_core.models.reading import load_tokenizer, open_stage
+from swarm_core.wire.errors import WireError
+from swarm_core.wire.ledger import Ledger
+
+log = logging.getLogger(__name__)
+ADDRESS_FILE = "anchor_address"
+
+
+@dataclass(frozen=True)
+class ServeArguments:
+    """The command line of `anchor_node serve`."""
+
+    config: RunConfig
+    config_path: Path
+    listen: str
+    out: Path
+    resume: bool
+
+
+def prepare(config: RunConfig) -> tuple[Manifest, Path]:
+    """Read the checkpoint's shape and fix the manifest. Raises ModelError, PartitionError, ConfigError."""
+    path = resolve(config.model.path)
+    shape = read_shape(path)
+    return make_manifest(config, shape, fingerprint(path)), path
+
+
+async def serve(arguments: ServeArguments) -> str:
+    """Serve one run to its end; returns why it ended. Raises typed errors with one readable line each."""
+    config, out = arguments.config, arguments.out
+    manifest, model_path = prepare(config)
+    resume = latest(out, manifest.digest()) if arguments.resume else None
+    if resume is None and (out / "journal.jsonl").exists():
+        raise CheckpointError(f"{out} holds a run already: give --resume to continue it, or another --out")
+    rows = load_rows(config.data.train)  # a row without an answer is refused before anything starts
+    if config.data.validation is not None:
+        load_rows(config.data.validation)
+    first_tick = resume.tick if resume else 0
+    books = Books(out, first_tick)
+    screen = _table(config, manifest, first_tick)
+    _write_run_files(arguments, manifest, model_path)
+    ledger = Ledger()
+    # The socket first: a port in use is said at once, not after the calibration.
+    service = AnchorService(manifest, books, None, screen, out, resume, ledger)
+    address = await service.server.start(arguments.listen)
+    screen.start()
+    try:
+        if config.links.kind == "lowrank" and manifest.boundaries:
+            version, bases = load_bases(resume) if resume else (0, _calibrate(manifest, model_path, rows))
+            service.keeper = BasisKeeper(manifest.link(), manifest.boundaries, version, bases)
+        service.open()
+        (out / ADDRESS_FILE).write_text(address + "\n")
+        log.info("anchor of run %s (manifest %s) listening on %s", config.run.name, manifest.digest()[:12], address)
+        _on_signals(service)
+        return await service.over
+    finally:
+        await service.close()
+        screen.stop()
+        books.close()
+        (out / ADDRESS_FILE).unlink(missing_ok=True)
+
+
+def _table(config: RunConfig, manifest: Manifest, first_tick: int) -> LiveTable:
+    link = manifest.link()
+    words = f"{manifest.boundaries} x {link.kind}"
+    if link.kind == "lowrank":
+        words += f", rank {link.columns(Direction.FORWARD)}/{link.columns(Direction.BACKWARD)} of {link.width}"
+    return LiveTable(
+        config.run.name, stages=manifest.stages, links=words, target_ticks=config.run.ticks, first_tick=first_tick
+    )
+
+
+def _write_run_files(arguments: ServeArguments, manifest: Manifest, model_path: Path) -> None:
+    out, link = arguments.out, manifest.link()
+    text = arguments.config_path.read_text()
+    (out / "run.toml").write_text(text)
+    described = json.loads(manifest.to_json())
+    described |= {
+        "digest": manifest.digest(),
+        "ranks": {"forward": link.columns(Direction.FORWARD), "backward": link.columns(Direction.BACKWARD)},
+        "shape": asdict(read_shape(model_path)),
+    }
+    (out / "manifest.json").write_text(json.dumps(described, indent=1, default=str) + "\n")
+
+
+def _calibrate(manifest: Manifest, model_path: Path, rows: list) -> dict[Key, Tensor]:
+    """Version 0, from the initial checkpoint and a few training prompts with their answers."""
+    config = manifest.config
+    tokenizer = load_tokenizer(model_path)
+    end = list(eos_ids(model_path))[:1]
+    chosen = [rows[i] for i in prompt_indices(len(rows), config.run.seed, 0, config.anchor.calibration_prompts)]
+    prompts = [encode_prompt(tokenizer, row.prompt, config.data.chat_template) for row in chosen]
+    answers = [tokenizer(str(row.answer), add_special_tokens=False)["input_ids"] + end for row in chosen]
+    generator = torch.Generator().manual_seed(config.run.seed)
+    stages = [open_stage(model_path, span) for span in manifest.spans]
+    bases = first_bases(stages, calibration_samples(prompts, answers, generator), manifest.link())
+    log.info("basis version 0 calibrated on %d prompts", len(chosen))
+    return bases
+
+
+def _on_signals(service: AnchorService) -> None:
+    """The first SIGINT or SIGTERM drains: the tick ends, a checkpoint is written. The second one ends at once."""
+    loop = asyncio.get_running_loop()
+    tasks: list[asyncio.Task[None]] = []
+
+    def stop(name: str) -> None:
+        if tasks:
+            if not service.over.done():
+                service.over.set_exception(WireError(f"{name} twice: left without a checkpoint"))
+            return
+        print(f"{name}: stopping after this tick, with a checkpoint; once more to stop at once", file=sys.stderr)
+        tasks.append(loop.create_task(service.drain(name)))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number.name)
+

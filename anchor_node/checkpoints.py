@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from codec.spec import Direction
-from swarm_core.exits import UserError
+from swarm_core.errors import UserError
 from swarm_core.wire.messages import Saved
 
 Key = tuple[int, Direction]
@@ -110,7 +110,8 @@ def load_bases(checkpoint: Checkpoint) -> tuple[int, dict[Key, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             version = int((file.metadata() or {})["version"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path}: the bases cannot be read ({error}); they are needed to resume") from None
     bases = {}

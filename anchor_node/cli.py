@@ -49,11 +49,15 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--dry-run", action="store_true", help="validate, print the plan, start nothing")
     serve.add_argument("--log", type=Path, metavar="FILE", help="write the log there instead of to stderr")
 
-    export = commands.add_parser("export", help="write a checkpoint in Hugging Face layout", epilog=EXAMPLES, formatter_class=top.formatter_class)
+    export = commands.add_parser(
+        "export", help="write a checkpoint in Hugging Face layout", epilog=EXAMPLES, formatter_class=top.formatter_class
+    )
     export.add_argument("run", type=Path, metavar="DIR", help="a run folder, or one checkpoint folder in it")
     export.add_argument("--to", type=Path, required=True, metavar="HF_DIR", help="the folder to write")
 
-    report = commands.add_parser("report", help="write a run's report.html again", epilog=EXAMPLES, formatter_class=top.formatter_class)
+    report = commands.add_parser(
+        "report", help="write a run's report.html again", epilog=EXAMPLES, formatter_class=top.formatter_class
+    )
     report.add_argument("run", type=Path, metavar="DIR", help="a run folder")
     return top
 

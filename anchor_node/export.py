@@ -20,7 +20,9 @@ def export_run(folder: Path, to: Path) -> int:
     try:
         source = resolve(json.loads((run / "manifest.json").read_text())["config"]["model"]["path"])
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{run / 'manifest.json'}: cannot tell which model this run started from ({error})") from None
+        raise CheckpointError(
+            f"{run / 'manifest.json'}: cannot tell which model this run started from ({error})"
+        ) from None
     shards = [_weights(checkpoint.folder / saved.file) for _, saved in sorted(checkpoint.shards.items())]
     made = export(shards, source, to)
     print(f"{checkpoint.folder} -> {made}: load it with AutoModelForCausalLM.from_pretrained({str(made)!r})")
@@ -41,7 +43,8 @@ def _weights(path: Path) -> dict[str, Tensor]:
     """The model's own tensors of a shard, not the optimizer's."""
     try:
         with safe_open(path, framework="pt") as file:
-            names = [n for n in file.keys() if n.startswith("model.") or n == "lm_head.weight"]
-            return {name: file.get_tensor(name) for name in names}
+            names = list(file.keys())
+            ours = [name for name in names if name.startswith("model.") or name == "lm_head.weight"]
+            return {name: file.get_tensor(name) for name in ours}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: this stage's shard cannot be read ({error}); copy it here to export") from None

@@ -24,7 +24,9 @@ def print_plan(config: RunConfig) -> None:
     validation = load_rows(config.data.validation) if config.data.validation else []
     shape = read_shape(path)
     console = Console()
-    console.print(f"run [bold]{config.run.name}[/]  manifest {manifest.digest()[:12]}  {len(rows)} rows, {len(validation)} to validate")
+    console.print(
+        f"run [bold]{config.run.name}[/]  manifest {manifest.digest()[:12]}  {len(rows)} rows, {len(validation)} to validate"
+    )
     table = Table("stage", "layers", "parameters", "weights + optimizer", "share of FLOPs")
     total = sum(stage_flops(shape, span) for span in manifest.spans)
     for span in manifest.spans:

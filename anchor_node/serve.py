@@ -50,8 +50,11 @@ def prepare(config: RunConfig) -> tuple[Manifest, Path]:
     return make_manifest(config, shape, fingerprint(path)), path
 
 
-async def serve(arguments: ServeArguments) -> str:
-    """Serve one run to its end; returns why it ended. Raises typed errors with one readable line each."""
+async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
+    """Serve one run to its end; returns why it ended. Raises typed errors with one readable line each.
+
+    `signals` False leaves SIGINT and SIGTERM alone, for an anchor that shares its process.
+    """
     config, out = arguments.config, arguments.out
     manifest, model_path = prepare(config)
     resume = latest(out, manifest.digest()) if arguments.resume else None
@@ -76,7 +79,8 @@ async def serve(arguments: ServeArguments) -> str:
         service.open()
         (out / ADDRESS_FILE).write_text(address + "\n")
         log.info("anchor of run %s (manifest %s) listening on %s", config.run.name, manifest.digest()[:12], address)
-        _on_signals(service)
+        if signals:
+            _on_signals(service)
         return await service.over
     finally:
         await service.close()
@@ -138,4 +142,3 @@ def _on_signals(service: AnchorService) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number.name)
-

@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from swarm_core.errors import UserError
+
 REQUIRED: Any = ...
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """A run file, an override or a manifest that cannot be used; `str()` is one line, fit for the terminal.
 
     Fields: `path` the file ("--set" for an override), `key` as `section.knob` ("" for the file as a whole), `message`

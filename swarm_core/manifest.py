@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 
 from codec.spec import LinkSpec
 from swarm_core.config import RunConfig, parse_manifest
+from swarm_core.errors import UserError
 from swarm_core.learning.partition import Span, partition
 from swarm_core.models.architecture import ModelShape
 
@@ -25,7 +26,7 @@ OUTSIDE_DIGEST = {
 }
 
 
-class ManifestError(Exception):
+class ManifestError(UserError):
     """A manifest that cannot be read; `str()` is one line."""
 
 
@@ -113,4 +114,6 @@ def read_manifest(text: str) -> Manifest:
             model_fingerprint=str(plain["model_fingerprint"]),
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise ManifestError(f"the anchor's manifest does not parse ({error}): are both ends the same version?") from None
+        raise ManifestError(
+            f"the anchor's manifest does not parse ({error}): are both ends the same version?"
+        ) from None

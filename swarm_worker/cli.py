@@ -32,25 +32,44 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    join = commands.add_parser("join", help="hold one stage of a run", epilog=EXAMPLES, formatter_class=top.formatter_class)
+    join = commands.add_parser(
+        "join", help="hold one stage of a run", epilog=EXAMPLES, formatter_class=top.formatter_class
+    )
     join.add_argument("--stage", type=int, required=True, metavar="I", help="the stage to hold, counted from 0")
     _common(join)
-    join.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where neighbours and samplers dial in (default %(default)s: this machine only, any port)")
-    join.add_argument("--advertise", metavar="HOST:PORT", help="the address others should dial, if not the listening one")
+    join.add_argument(
+        "--listen",
+        default="127.0.0.1:0",
+        metavar="HOST:PORT",
+        help="where neighbours and samplers dial in (default %(default)s: this machine only, any port)",
+    )
+    join.add_argument(
+        "--advertise", metavar="HOST:PORT", help="the address others should dial, if not the listening one"
+    )
     join.add_argument("--expect-digest", default="", metavar="HEX", help="refuse any manifest but this one")
 
-    sample = commands.add_parser("sample", help="generate rollouts for a run", epilog=EXAMPLES, formatter_class=top.formatter_class)
+    sample = commands.add_parser(
+        "sample", help="generate rollouts for a run", epilog=EXAMPLES, formatter_class=top.formatter_class
+    )
     _common(sample)
     sample.add_argument("--engine", choices=("hf", "replay"), help="how rollouts are made (default: the manifest's)")
     sample.add_argument("--replay", type=Path, metavar="FILE", help="recorded rollouts, for --engine replay")
 
-    local = commands.add_parser("local", help="a whole swarm on this machine", epilog=EXAMPLES, formatter_class=top.formatter_class)
+    local = commands.add_parser(
+        "local", help="a whole swarm on this machine", epilog=EXAMPLES, formatter_class=top.formatter_class
+    )
     local.add_argument("--config", type=Path, required=True, metavar="RUN.TOML", help="the run file")
-    local.add_argument("--out", type=Path, default=Path("runs/local"), metavar="DIR", help="the run folder (default %(default)s)")
+    local.add_argument(
+        "--out", type=Path, default=Path("runs/local"), metavar="DIR", help="the run folder (default %(default)s)"
+    )
     local.add_argument("--stages", type=int, metavar="N", help="override swarm.stages")
     local.add_argument("--ticks", type=int, metavar="T", help="override run.ticks")
-    local.add_argument("--set", action="append", default=[], metavar="SECTION.KNOB=VALUE", help="override a knob; may be repeated")
-    local.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="the anchor's address (default: any port)")
+    local.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KNOB=VALUE", help="override a knob; may be repeated"
+    )
+    local.add_argument(
+        "--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="the anchor's address (default: any port)"
+    )
     local.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     local.add_argument("--fresh", action="store_true", help="delete an earlier run in --out first")
     local.add_argument("--dry-run", action="store_true", help="validate the run file, print the plan, start nothing")
@@ -59,9 +78,23 @@ def parser() -> argparse.ArgumentParser:
 
 def _common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--anchor", required=True, metavar="HOST:PORT", help="the anchor's address")
-    command.add_argument("--out", type=Path, default=Path("runs/worker"), metavar="DIR", help="checkpoint shards and logs go below it (default %(default)s)")
-    command.add_argument("--model", metavar="PATH", help="the model's files on this machine, if not where the manifest says")
-    command.add_argument("--wait", type=float, default=60.0, metavar="SECONDS", help="how long to wait for the anchor (default %(default)s)")
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/worker"),
+        metavar="DIR",
+        help="checkpoint shards and logs go below it (default %(default)s)",
+    )
+    command.add_argument(
+        "--model", metavar="PATH", help="the model's files on this machine, if not where the manifest says"
+    )
+    command.add_argument(
+        "--wait",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to wait for the anchor (default %(default)s)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

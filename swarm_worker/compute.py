@@ -282,7 +282,9 @@ class StageCompute:
             held = {name: value for name, value in columns.items() if isinstance(value, Tensor)}
             tensors |= {f"batch.{number}.{name}": value for name, value in held.items()}
             batches.append({n: v for n, v in columns.items() if n not in held and isinstance(v, (int, list))})
-        return Shard(tensors, {**meta, "steps": steps, "gate": self.gate.state_dict(), "bases": bases, "batches": batches})
+        return Shard(
+            tensors, {**meta, "steps": steps, "gate": self.gate.state_dict(), "bases": bases, "batches": batches}
+        )
 
     def from_shard(self, shard: Shard) -> None:
         """Take up a saved state."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -17,8 +18,9 @@ class Journal:
         """Open for appending; on a resume, lines of ticks at and after `resume_at` belong to a lost future and go."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [line for line in path.read_text().splitlines(True) if _tick_of(line) in range(resume_at)]
-            path.write_text("".join(kept))
+            lines = path.read_text(errors="replace").splitlines()
+            kept = [line + "\n" for line in lines if _tick_of(line) in range(resume_at)]
+            _replace(path, "".join(kept))
         self._file = path.open("a")
 
     def write(self, stamp: Stamp, decide: Decide, norm: float) -> None:
@@ -38,7 +40,7 @@ class Journal:
             "outcome": Outcome(decide.outcome).name,
             "reason": decide.reason,
             "coefficient": decide.coefficient.hex(),  # exact
-            "grad_norm": norm,
+            "grad_norm": norm if math.isfinite(norm) else None,  # JSON has no NaN
         }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -46,6 +48,16 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file anew, so that at every moment either the old or the new one is whole on disk."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
 
 
 def _tick_of(line: str) -> int:

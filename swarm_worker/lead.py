@@ -12,6 +12,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.messages import Decide, Mode, Order, Outcome
 from swarm_worker.schedule import Stamp
 
@@ -98,9 +99,12 @@ class Lead:
         return Order(batch=s.next_batch, weight_version=s.published, generate=True, evaluate=evaluate)
 
     def accept(self, stock: Stock) -> bool:
-        """Take a batch that arrived; False when its weights are too old: it is dropped, counted and ordered again."""
+        """Take a batch that arrived; False when its weights are too old: it is dropped, counted and ordered again.
+
+        Raises BadFrame for a batch that was not ordered.
+        """
         if stock.batch != self._ordered:
-            raise ValueError(f"batch {stock.batch} arrived; ordered was {self._ordered}")
+            raise BadFrame(f"batch {stock.batch} arrived; ordered was {self._ordered}")
         self._ordered = None
         age = self.state.tick - stock.weight_version
         if age > self.plan.staleness_limit:

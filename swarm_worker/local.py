@@ -12,7 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm_core.exits import BROKE, UserError
+from swarm_core.errors import UserError
+from swarm_core.exits import BROKE
 
 ADDRESS_FILE = "anchor_address"
 START_LIMIT_S = 300.0  # importing torch and calibrating on a loaded machine

@@ -13,10 +13,11 @@ import enum
 from collections import deque
 from dataclasses import dataclass, field
 
+from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.messages import Decide, Mode, Outcome
 
 
-class ProtocolError(Exception):
+class ProtocolError(BadFrame):
     """A peer did what the protocol does not allow; the message says what came and what was expected."""
 
 
@@ -175,6 +176,8 @@ class Schedule:
             return f"{where}: the vote of stage {self.stage + 1}"
         if r.forwarded < r.stamp.microbatches and r.forwarded not in r.activations:
             return f"{where}: activation {r.forwarded} of stage {self.stage - 1}"
+        if r.stamp.mode is not Mode.TRAIN:
+            return f"{where}: the link to stage {self.stage + 1}, to take an activation"
         return f"{where}: gradient {r.backwarded} of stage {self.stage + 1}"
 
     def handle(self, event: Event) -> list[Command]:
@@ -183,11 +186,14 @@ class Schedule:
             case Begun(stamp):
                 self._begin(stamp)
             case ActivationCame(key, microbatch):
-                self._note(self._find(key).activations, microbatch, key, "activation")
+                r = self._find(key)
+                self._note(r.activations, microbatch, r.stamp.microbatches, key, "activation")
             case GradientCame(key, microbatch):
-                self._note(self._find(key).gradients, microbatch, key, "gradient")
+                r = self._find(key)
+                sent = r.forwarded if r.stamp.mode is Mode.TRAIN else 0
+                self._note(r.gradients, microbatch, sent, key, "gradient")
             case VoteCame(key):
-                self._find(key).downstream_voted = True
+                self._vote_came(self._find(key))
             case Decided(decide):
                 self._decided(decide)
             case Computed():
@@ -208,6 +214,8 @@ class Schedule:
     def _begin(self, stamp: Stamp) -> None:
         if any(r.stamp.key == stamp.key for r in self._rounds):
             raise ProtocolError(f"round {stamp.key} was begun twice")
+        if stamp.mode is not Mode.TRAIN and stamp.microbatches < 1:
+            raise ProtocolError(f"round {stamp.key} was begun without a microbatch; only a tick may be empty")
         r = _Round(stamp)
         if self.first:
             r.activations.update(range(stamp.microbatches))  # stage 0 holds the token ids
@@ -219,12 +227,25 @@ class Schedule:
                 return r
         raise ProtocolError(f"a frame of round {key} arrived; open are {[r.stamp.key for r in self._rounds]}")
 
-    def _note(self, seen: set[int], microbatch: int, key: object, what: str) -> None:
+    def _note(self, seen: set[int], microbatch: int, due: int, key: object, what: str) -> None:
+        """Note a tensor that came; those below `due` may come, each once."""
         if microbatch in seen:
             raise ProtocolError(f"{what} {microbatch} of round {key} came twice")
+        if not 0 <= microbatch < due:
+            raise ProtocolError(f"{what} {microbatch} of round {key} came; only those below {due} are expected")
         seen.add(microbatch)
 
+    def _vote_came(self, r: _Round) -> None:
+        if r.stamp.mode is not Mode.TRAIN or len(r.gradients) < r.stamp.microbatches:
+            missing = r.stamp.microbatches - len(r.gradients)
+            raise ProtocolError(f"a vote on round {r.stamp.key} came before {missing} of its gradients")
+        if r.downstream_voted:
+            raise ProtocolError(f"the vote on round {r.stamp.key} came twice")
+        r.downstream_voted = True
+
     def _decided(self, decide: Decide) -> None:
+        if decide.outcome not in (Outcome.HOLD, Outcome.COMMIT, Outcome.SKIP):
+            raise ProtocolError(f"outcome {decide.outcome} came; a stage knows how to hold, commit and skip")
         if decide.outcome == Outcome.HOLD:
             self._rounds.append(_Round(Stamp(), tallied=True, voted=True, decide=decide))
             return

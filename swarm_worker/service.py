@@ -115,8 +115,8 @@ class StageService:
                 if frame.header.kind is FrameKind.FETCH:
                     await self._send_weights(stream, from_bytes(Fetch, frame.payload).version)
                 elif frame.header.kind is FrameKind.ROLLOUTS:
-                    self._given = None
                     self._on_rollouts(from_bytes(Rollouts, frame.payload))
+                    self._given = None  # only now: rollouts that were refused leave the order to the next sampler
                 else:
                     raise BadFrame(f"a sampler sent {frame.header.kind.name}")
         finally:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from swarm_core.exits import UserError
+from swarm_core.errors import UserError
 
 
 class ShardError(UserError):
@@ -59,7 +59,8 @@ def read_shard(path: Path, digest: str = "") -> Shard:
             raise ShardError(f"{path}: sha256 is {found[:12]}..., the index says {digest[:12]}...: the file is damaged")
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {})["kedge"])
-            return Shard({name: file.get_tensor(name) for name in file.keys()}, meta)
+            names = list(file.keys())
+            return Shard({name: file.get_tensor(name) for name in names}, meta)
     except FileNotFoundError:
         raise ShardError(
             f"{path}: no such shard; this stage's shard must lie below the worker's --out folder to resume"

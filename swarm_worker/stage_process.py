@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from swarm_core.models.architecture import fingerprint, resolve
-from swarm_core.wire.errors import ManifestMismatch
+from swarm_core.wire.errors import PeerLost
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
@@ -58,16 +58,20 @@ class StageArguments:
     wait_s: float = 60.0
 
 
-async def hold_stage(arguments: StageArguments) -> None:
-    """`swarm_worker join`. Built inside the running loop, which gRPC's asyncio server binds to."""
-    await StageProcess(arguments).run()
+async def hold_stage(arguments: StageArguments, *, signals: bool = True) -> None:
+    """`swarm_worker join`. Built inside the running loop, which gRPC's asyncio server binds to.
+
+    `signals` False leaves SIGINT and SIGTERM alone, for several workers in one process.
+    """
+    await StageProcess(arguments, signals).run()
 
 
 class StageProcess:
     """Everything from the command line to the exit of one stage worker."""
 
-    def __init__(self, arguments: StageArguments) -> None:
+    def __init__(self, arguments: StageArguments, signals: bool) -> None:
         self.arguments = arguments
+        self._signals = signals
         self.ledger = Ledger()
         self.worker: StageWorker | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
@@ -77,21 +81,21 @@ class StageProcess:
     async def run(self) -> None:
         """Join, work until the run ends, leave. Raises typed errors with one readable line."""
         a = self.arguments
-        address = await self.service.server.start(a.listen)
-        hello = Hello(role="stage", stage=a.stage, address=a.advertise or address, manifest_digest=a.expect_digest)
-        membership = await join(a.anchor, "Anchor/Attend", hello, self.ledger, a.wait_s, f"anchor-stage{a.stage}")
         below = None
         try:
+            address = await self.service.server.start(a.listen)
+            hello = Hello(role="stage", stage=a.stage, address=a.advertise or address, manifest_digest=a.expect_digest)
+            membership = await join(a.anchor, "Anchor/Attend", hello, self.ledger, a.wait_s, f"anchor-stage{a.stage}")
             compute = await self._load(membership)
             start = await self._await_start(membership, compute)
             below = await self._dial_below(membership, start)
             self._assemble(membership, compute, start)
             assert self.worker is not None
-            self._on_signals(membership.anchor, self.worker.fail)
+            if self._signals:
+                self._on_signals(membership.anchor, self.worker.fail)
             self.worker.spawn(self.worker.read_anchor(membership.anchor))
             self._link_may_start.set()
-            reason = await self.worker.run(below)
-            log.info("the run is over: %s", reason)
+            log.info("the run is over: %s", await self.worker.run(below))
             tick = self.worker.position.tick
             await membership.anchor.send_report(Report(type="ledger", tick=tick), tick)
             await membership.anchor.finish()
@@ -131,12 +135,12 @@ class StageProcess:
         while True:
             frame = await membership.anchor.receive()
             if frame is None:
-                raise ManifestMismatch("the anchor closed the stream before the start")
+                raise PeerLost("the anchor closed the stream before the start")
             if frame.header.kind is FrameKind.BASIS:
                 message = from_bytes(BasisSet, frame.payload)
                 compute.add_bases(message.version, read_bases(message, membership.manifest))
             elif frame.header.kind is FrameKind.STOP:
-                raise ManifestMismatch(f"the anchor stopped the run: {from_bytes(Stop, frame.payload).reason}")
+                raise PeerLost(f"the anchor ended the run before it began: {from_bytes(Stop, frame.payload).reason}")
             else:
                 return from_bytes(Start, frame.payload)
 
@@ -231,4 +235,3 @@ class StageProcess:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, leave, number.name)
-

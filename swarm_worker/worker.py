@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from swarm_core.learning.errors import LearningError
 from swarm_core.manifest import Manifest
 from swarm_core.wire.errors import BadFrame, ManifestMismatch, PeerLost, StaleEpoch
 from swarm_core.wire.frames import Frame, Header
@@ -212,8 +213,8 @@ class StageWorker:
             case FrameKind.DECIDE:
                 self._post_below(frame)
                 decide = from_bytes(Decide, frame.payload)
-                self._next_lineage = self.position.after(_identity(frame.header), decide).lineage
                 self.drive(Decided(decide))
+                self._next_lineage = self.position.after(_identity(frame.header), decide).lineage
             case kind:
                 raise BadFrame(f"stage {self.span.stage - 1} sent {kind.name} down the link")
 
@@ -262,7 +263,10 @@ class StageWorker:
         if message.exhausted:
             self.leader.lead.sampler_exhausted()
         else:
-            event = self.leader.take_rollouts(read_rollouts(message, self.manifest.vocab))
+            try:
+                event = self.leader.take_rollouts(read_rollouts(message, self.manifest.vocab))
+            except LearningError as error:
+                raise BadFrame(str(error)) from None
             if event is not None:
                 self._report(event)
         self._advance()
@@ -359,7 +363,8 @@ class StageWorker:
             self.anchor.post(Frame(Header(FrameKind.SKETCH, self.run_id, tick=stamp.tick), to_bytes(message)))
         if saved is not None:
             self.anchor.post(Frame(Header(FrameKind.SAVED, self.run_id, tick=tick), to_bytes(saved)))
-        self.spawn(self.anchor.stream.send_report(Report(type="ledger", tick=stamp.tick), stamp.tick))
+        counted_at = tick if decide.outcome == Outcome.HOLD else stamp.tick
+        self.spawn(self.anchor.stream.send_report(Report(type="ledger", tick=counted_at), counted_at))
         if decide.stop and self.leader is not None:
             report, order = self.leader.ending()
             self._report(report)

@@ -14,8 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from swarm_core.learning.rewards import final_answer
 from swarm_core.data.errors import DatasetError
+from swarm_core.learning.rewards import final_answer
 
 Message = dict[str, str]
 Prompt = str | list[Message]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from swarm_core.errors import UserError
 
-class DataError(Exception):
+
+class DataError(UserError):
     """Root of everything that is wrong with data."""
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from swarm_core.errors import UserError
 
-class LearningError(ValueError):
+
+class LearningError(UserError, ValueError):
     """Root of the errors raised by `swarm_core.learning`."""
 
 

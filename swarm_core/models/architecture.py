@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from swarm_core.errors import UserError
+
 Family = Literal["llama", "qwen2", "qwen3"]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3")
 # Rope kinds whose frequencies are a function of the config alone. "dynamic" and "longrope" change theirs with the
@@ -24,7 +26,7 @@ HASH_CHUNK_BYTES = 1 << 22
 MAX_HEADER_BYTES = 100_000_000
 
 
-class ModelError(Exception):
+class ModelError(UserError):
     """A checkpoint cannot be used. Always one readable line; fields: what, got, wanted, todo."""
 
     def __init__(self, what: str, got: object, wanted: object, todo: str) -> None:
@@ -87,7 +89,7 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
     if text.startswith(("/", ".", "~")) or text.count("/") > 1 or not text:
         raise ModelError(
             f"model {text!r}",
-            f"no directory {local.absolute() if text else text!r}",
+            f"no directory {local.absolute()}" if text else "an empty path",
             "a checkpoint directory",
             "check the path",
         )

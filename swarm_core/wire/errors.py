@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import grpc
 
+from swarm_core.errors import KedgeError, UserError
 
-class WireError(Exception):
+
+class WireError(KedgeError):
     """Root of everything that goes wrong between processes; `str(error)` is one readable line."""
 
 
-class Unreachable(WireError):
+class Unreachable(WireError, UserError):
     """Nobody answered at an address within the time given."""
 
     def __init__(self, who: str, address: str, waited_s: float, detail: str = "") -> None:
@@ -21,11 +23,19 @@ class Unreachable(WireError):
         self.waited_s = waited_s
 
 
+class BadAddress(WireError, UserError):
+    """Not HOST:PORT."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(f"{address!r} is not an address: wanted HOST:PORT, such as anchor.example.org:7400")
+        self.address = address
+
+
 class PeerLost(WireError):
     """An open stream to a peer broke."""
 
 
-class PortInUse(WireError):
+class PortInUse(WireError, UserError):
     """The address asked for cannot be bound."""
 
     def __init__(self, address: str, detail: str) -> None:
@@ -37,15 +47,15 @@ class Refused(WireError):
     """The peer refused us, with its reason. Subclasses say which status it travels as."""
 
 
-class StageTaken(Refused):
+class StageTaken(Refused, UserError):
     """Another worker already holds this stage."""
 
 
-class StageOutOfRange(Refused):
+class StageOutOfRange(Refused, UserError):
     """The stage number does not exist in this swarm."""
 
 
-class ManifestMismatch(Refused):
+class ManifestMismatch(Refused, UserError):
     """The two ends do not run the same manifest or protocol."""
 
 
@@ -66,6 +76,11 @@ STATUS_OF: dict[type[Refused], grpc.StatusCode] = {
     BadFrame: grpc.StatusCode.INVALID_ARGUMENT,
 }
 ERROR_OF: dict[grpc.StatusCode, type[Refused]] = {status: error for error, status in STATUS_OF.items()}
+
+
+def status_of(error: Refused) -> grpc.StatusCode:
+    """The status an error travels as: the table's for its class, or for the nearest class it is derived from."""
+    return next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
 
 
 def from_status(code: grpc.StatusCode, details: str, peer: str) -> WireError:

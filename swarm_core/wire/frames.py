@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from google.protobuf.message import DecodeError
-from swarm_proto.v1 import swarm_pb2
 
 from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.messages import FrameKind, Mode
+from swarm_proto.v1 import swarm_pb2
 
 CHUNK_BYTES = 1 << 20  # one message up to here, chunks above: the fastest size measured on gRPC streams
 MAX_MESSAGE_BYTES = 4 << 20
@@ -51,7 +51,8 @@ class Frame:
     dense_bytes: int | None = field(default=None, compare=False)
 
 
-def _header_bytes(header: Header, chunk: int, chunks: int, checksum: int, total_bytes: int) -> bytes:
+def _header_bytes(header: Header, chunk: int, chunks: int, total_bytes: int) -> bytes:
+    """The header of a chunk with zeros in place of its checksum."""
     proto = swarm_pb2.FrameHeader(
         run=header.run,
         lineage=header.lineage,
@@ -66,15 +67,29 @@ def _header_bytes(header: Header, chunk: int, chunks: int, checksum: int, total_
         receiver=header.receiver,
         chunk=chunk,
         chunks=chunks,
-        checksum=checksum,
+        checksum=0,
         total_bytes=total_bytes,
     )
     setattr(proto, "pass", header.pass_)  # a Python keyword
     return proto.SerializeToString()
 
 
-HEADER_BYTES = len(_header_bytes(Header(FrameKind.HELLO), 0, 1, 0, 0))
+HEADER_BYTES = len(_header_bytes(Header(FrameKind.HELLO), 0, 1, 0))
 FRAME_OVERHEAD = 2 + HEADER_BYTES + 5
+# The checksum is the last field but one; behind it stands total_bytes, a tag of two bytes and a value of eight.
+_CHECKSUM = slice(HEADER_BYTES - 14, HEADER_BYTES - 10)
+
+
+def _checksum(header: bytes, payload: memoryview) -> int:
+    """CRC-32 over a header, but for the checksum itself, and its chunk's payload: addressing is as precious as numbers."""
+    crc = zlib.crc32(header[_CHECKSUM.stop :], zlib.crc32(header[: _CHECKSUM.start]))
+    return zlib.crc32(payload, crc)
+
+
+def _length_bytes(payload_bytes: int) -> bytes:
+    """A payload's length as a varint padded to four bytes."""
+    n = payload_bytes
+    return bytes((n & 0x7F | 0x80, n >> 7 & 0x7F | 0x80, n >> 14 & 0x7F | 0x80, n >> 21 & 0x7F))
 
 
 def message_bytes(payload_bytes: int) -> int:
@@ -90,10 +105,10 @@ def chunks_of(frame: Frame) -> Iterator[bytes]:
     count = max(1, -(-total // CHUNK_BYTES))
     for index in range(count):
         part = payload[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]
-        header = _header_bytes(frame.header, index, count, zlib.crc32(part), total)
-        n = part.nbytes
-        length = bytes((n & 0x7F | 0x80, n >> 7 & 0x7F | 0x80, n >> 14 & 0x7F | 0x80, n >> 21 & 0x7F))
-        yield b"".join((b"\x0a", bytes((len(header),)), header, b"\x12", length, part))
+        header = _header_bytes(frame.header, index, count, total)
+        checksum = _checksum(header, part).to_bytes(4, "little")
+        header = header[: _CHECKSUM.start] + checksum + header[_CHECKSUM.stop :]
+        yield b"".join((b"\x0a", bytes((len(header),)), header, b"\x12", _length_bytes(part.nbytes), part))
 
 
 def _split(message: bytes) -> tuple[swarm_pb2.FrameHeader, memoryview]:
@@ -104,13 +119,15 @@ def _split(message: bytes) -> tuple[swarm_pb2.FrameHeader, memoryview]:
     at = 2 + n
     if n != HEADER_BYTES or message[at] != 0x12:
         raise BadFrame(f"not a frame: header of {n} bytes, wanted {HEADER_BYTES}; the peer runs another version?")
-    length = sum((message[at + 1 + i] & 0x7F) << 7 * i for i in range(4))
     payload = view[at + 5 :]
-    if payload.nbytes != length:
-        raise BadFrame(f"a frame of {payload.nbytes} payload bytes says it has {length}")
+    if message[at + 1 : at + 5] != _length_bytes(payload.nbytes):
+        raise BadFrame(f"a frame of {payload.nbytes} payload bytes says that it has another number of them")
+    raw = message[2:at]
+    if int.from_bytes(raw[_CHECKSUM], "little") != _checksum(raw, payload):
+        raise BadFrame("the checksum of a frame does not match: damaged on the way")
     header = swarm_pb2.FrameHeader()
     try:
-        header.ParseFromString(bytes(view[2:at]))
+        header.ParseFromString(raw)
     except DecodeError as error:
         raise BadFrame(f"a frame's header does not parse ({error})") from None
     return header, payload
@@ -128,15 +145,11 @@ class Assembler:
         self._default = default_limit
         self._header: Header | None = None
         self._buffer = bytearray()
-        self._filled = 0
         self._next = 0
-        self._chunks = 0
 
     def feed(self, message: bytes) -> Frame | None:
         """Take one gRPC message; the frame when it is complete. Raises BadFrame."""
         proto, payload = _split(message)
-        if zlib.crc32(payload) != proto.checksum:
-            raise BadFrame(f"checksum of chunk {proto.chunk} does not match: damaged on the way")
         header = _header_of(proto)
         total = proto.total_bytes
         limit = self._limits.get(header.kind, self._default)
@@ -146,21 +159,18 @@ class Assembler:
             raise BadFrame(f"{proto.chunks} chunks for {total} bytes")
         if proto.chunk != self._next or (self._next and (header != self._header or total != len(self._buffer))):
             raise BadFrame(f"chunk {proto.chunk} of {header.kind.name} came where chunk {self._next} was expected")
+        start = proto.chunk * CHUNK_BYTES
+        wanted = min(CHUNK_BYTES, total - start)
+        if payload.nbytes != wanted:
+            raise BadFrame(f"chunk {proto.chunk} of {total} bytes has {payload.nbytes}, wanted {wanted}")
         if proto.chunks == 1:
-            if payload.nbytes != total:
-                raise BadFrame(f"a chunk of {payload.nbytes} bytes where {total} were announced")
             return Frame(header, payload)
         if proto.chunk == 0:
-            self._header, self._buffer, self._filled, self._chunks = header, bytearray(total), 0, proto.chunks
-        end = self._filled + payload.nbytes
-        if end > total or (payload.nbytes != CHUNK_BYTES and proto.chunk != proto.chunks - 1):
-            raise BadFrame(f"chunk {proto.chunk} has {payload.nbytes} bytes, wanted {CHUNK_BYTES}")
-        self._buffer[self._filled : end] = payload
-        self._filled, self._next = end, self._next + 1
-        if self._next < self._chunks:
+            self._header, self._buffer = header, bytearray(total)
+        self._buffer[start : start + wanted] = payload
+        self._next += 1
+        if self._next < proto.chunks:
             return None
-        if self._filled != total:
-            raise BadFrame(f"a frame ended after {self._filled} of {total} bytes")
         frame = Frame(header, memoryview(self._buffer))
         self._header, self._buffer, self._next = None, bytearray(), 0
         return frame

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, cast
 
 from google.protobuf.message import DecodeError, Message
-from swarm_proto.v1 import swarm_pb2
 
 from swarm_core.wire.errors import BadFrame
+from swarm_proto.v1 import swarm_pb2
 
 PROTOCOL = 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -11,11 +12,21 @@ from typing import Any
 
 import grpc
 
-from swarm_core.wire.errors import STATUS_OF, BadFrame, PeerLost, PortInUse, Refused, Unreachable, from_status
+from swarm_core.wire.errors import (
+    BadAddress,
+    BadFrame,
+    PeerLost,
+    PortInUse,
+    Refused,
+    Unreachable,
+    from_status,
+    status_of,
+)
 from swarm_core.wire.frames import MAX_MESSAGE_BYTES, Assembler, Frame, Header, chunks_of
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import FrameKind, Report
 
+log = logging.getLogger(__name__)
 Handler = Callable[["FrameStream"], Awaitable[None]]
 
 # The keepalive that acts in Python is the ping timeout; the server must permit the pings or it says "too many pings".
@@ -152,7 +163,11 @@ class Dialled(FrameStream):
 async def dial(
     address: str, method: str, ledger: Ledger, who: str, wait_s: float, on_wait: Callable[[float], None] | None = None
 ) -> Dialled:
-    """Open a stream to `method` ("Anchor/Attend"), waiting up to `wait_s` for the peer to come up. Raises Unreachable."""
+    """Open a stream to `method` ("Anchor/Attend"), waiting up to `wait_s` for the peer to come up.
+
+    `on_wait(seconds waited)` is called every two seconds meanwhile. Raises BadAddress, Unreachable.
+    """
+    split_address(address)
     started = time.monotonic()
     channel = grpc.aio.insecure_channel(address, options=OPTIONS)
     ready = asyncio.ensure_future(channel.channel_ready())
@@ -189,7 +204,7 @@ class Server:
             try:
                 await handler(stream)
             except Refused as error:
-                await context.abort(STATUS_OF[type(error)], str(error))
+                await context.abort(status_of(error), str(error))
             except PeerLost:
                 pass
 
@@ -197,15 +212,15 @@ class Server:
 
     async def start(self, listen: str) -> str:
         """Bind and serve; returns the address with the port really bound. Raises PortInUse."""
-        host, _, port = listen.rpartition(":")
-        if not host or not port.isdigit():
-            raise PortInUse(listen, "not HOST:PORT")
-        _probe(host, int(port), listen)
+        host, port = split_address(listen)
+        _probe(host, port, listen)
         try:
             bound = self._server.add_insecure_port(listen)
         except RuntimeError as error:
             raise PortInUse(listen, str(error).splitlines()[0]) from None
         await self._server.start()
+        if not is_loopback(listen):
+            log.warning("listening on %s without encryption or admission: open it to a trusted network only", listen)
         return f"{host}:{bound}"
 
     async def stop(self) -> None:
@@ -223,6 +238,14 @@ def _probe(host: str, port: int, listen: str) -> None:
             probe.bind((host.strip("[]"), port))
         except OSError as error:
             raise PortInUse(listen, error.strerror or str(error)) from None
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """HOST:PORT as (host, port). Raises BadAddress."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise BadAddress(address)
+    return host, int(port)
 
 
 def is_loopback(address: str) -> bool:

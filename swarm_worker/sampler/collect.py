@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from swarm_core.data.dataset import Row, prompt_indices
+from swarm_core.data.prompts import ChatTemplate, completion_text, encode_prompt
 from swarm_core.learning.rollout import Completion, RolloutBatch, reward_metrics
-from swarm_worker.sampler.dataset import Row, prompt_indices
 from swarm_worker.sampler.engine import Engine
 from swarm_worker.sampler.errors import SamplerError
-from swarm_worker.sampler.prompts import ChatTemplate, completion_text, encode_prompt
 from swarm_worker.sampler.verify import OUTCOMES, Call, Verdict, VerifierPool
 
 
@@ -73,7 +73,7 @@ class Collector:
         self.spec = spec
 
     def collect(self, batch: int) -> Collected:
-        """Raises what the engine, the tokenizer and the verifier raise: SamplerError and its kinds."""
+        """Raises what the engine, the tokenizer and the verifier raise: SamplerError and its kinds, DataError."""
         spec = self.spec
         indices = prompt_indices(len(self.rows), spec.seed, batch, spec.prompts)
         rows = [self.rows[index] for index in indices]

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from swarm_core.data.errors import FileError
+from swarm_core.errors import UserError
 
 
-class SamplerError(Exception):
+class SamplerError(UserError):
     """Root of everything the sampler raises on purpose."""
 
 
-class _FileError(SamplerError):
-    """A problem at one place of one file."""
-
-    def __init__(self, path: Path, line: int | None, problem: str) -> None:
-        self.path = path
-        self.line = line
-        self.problem = problem
-        super().__init__(f"{path}: {problem}" if line is None else f"{path}:{line}: {problem}")
-
-    def __reduce__(self) -> tuple[type, tuple[Path, int | None, str]]:
-        return type(self), (self.path, self.line, self.problem)
-
-
-class DatasetError(_FileError):
-    """A data file cannot be used; `line` counts from 1 (rows, for Parquet), None when it is the file as a whole."""
-
-
-class ReplayError(_FileError):
-    """A file of recorded rollouts cannot be used, or a batch cannot be appended to it."""
+class ReplayError(FileError, SamplerError):
+    """A file of recorded rollouts cannot be used, or a batch cannot be appended to it; `line` counts from 1."""
 
 
 class EngineError(SamplerError):

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from swarm_core.data.dataset import Row
+from swarm_core.data.prompts import ChatTemplate, completion_text, encode_prompt
 from swarm_worker.sampler.collect import row_call
-from swarm_worker.sampler.dataset import Row
 from swarm_worker.sampler.engine import ProjectingEngine, Projection
 from swarm_worker.sampler.errors import SamplerError
-from swarm_worker.sampler.prompts import ChatTemplate, completion_text, encode_prompt
 from swarm_worker.sampler.verify import VerifierPool
 
 
@@ -62,7 +62,7 @@ def evaluate(
     """Generates for every row, judges, counts.
 
     `projections` (boundary -> projection, see `ProjectingEngine.projected`) measures the compressed pipeline; None, or
-    an empty one, the uncompressed weights. Raises SamplerError and its kinds.
+    an empty one, the uncompressed weights. Raises SamplerError and its kinds, DataError.
     """
     if not rows or spec.samples_per_prompt < 1:
         raise SamplerError(f"{len(rows)} rows x {spec.samples_per_prompt} samples: nothing to evaluate")

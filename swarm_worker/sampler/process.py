@@ -194,16 +194,17 @@ class Source:
             self.verifier.close()
 
 
-async def serve_rollouts(arguments: SamplerArguments) -> None:
-    """`swarm_worker sample`."""
-    await SamplerProcess(arguments).run()
+async def serve_rollouts(arguments: SamplerArguments, *, signals: bool = True) -> None:
+    """`swarm_worker sample`. `signals` False leaves SIGINT and SIGTERM alone."""
+    await SamplerProcess(arguments, signals).run()
 
 
 class SamplerProcess:
     """Everything from the command line to the exit of one sampler."""
 
-    def __init__(self, arguments: SamplerArguments) -> None:
+    def __init__(self, arguments: SamplerArguments, signals: bool) -> None:
         self.arguments = arguments
+        self._signals = signals
         self.ledger = Ledger()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
         self._orders: asyncio.Queue[Order] = asyncio.Queue()
@@ -225,15 +226,18 @@ class SamplerProcess:
             await self._ready(membership, source)
             start = await self._await_start(membership, source)
             await self._dial_stages(membership, start)
-            self._on_signals(membership)
+            if self._signals:
+                self._on_signals(membership)
             tasks = [
-                asyncio.create_task(self._guard(work))
+                asyncio.create_task(work)
                 for work in (
                     self._read_anchor(membership, source),
                     self._serve_orders(membership, source),
                     *(self._read_feed(stage, feed) for stage, feed in enumerate(self._feeds)),
                 )
             ]
+            for task in tasks:
+                task.add_done_callback(self._task_done)
             log.info("the run is over: %s", await self.over)
             await membership.anchor.send_report(Report(type="ledger", tick=source.version), source.version)
             await membership.anchor.finish()
@@ -248,14 +252,10 @@ class SamplerProcess:
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
-    async def _guard(self, work: Any) -> None:
-        try:
-            await work
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
-            if not self.over.done():
-                self.over.set_exception(error)
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        """A task that fails ends the sampler."""
+        if not task.cancelled() and (error := task.exception()) is not None and not self.over.done():
+            self.over.set_exception(error)
 
     async def _ready(self, membership: Membership, source: Source) -> None:
         found = await self._call(fingerprint, source.model_path)

@@ -49,7 +49,7 @@ def read_rollouts(path: str | Path, group_size: int, *, groups: int | None = Non
     anything that the format above does not allow, as soon as it is reached; a batch is yielded only when it is whole.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():  # a named pipe will do: batches are read as they are asked for
         raise ReplayError(path, None, "no such file; give the path of a .jsonl file of recorded rollouts")
     lines: list[_Line] = []
     last_batch = -1

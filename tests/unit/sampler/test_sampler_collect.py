@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from swarm_core.data.dataset import Row, load_rows, prompt_indices
 from swarm_core.models.reading import load_tokenizer
 from swarm_worker.sampler.collect import Collected, Collector, SamplingSpec, generation_seed
-from swarm_worker.sampler.dataset import Row, load_rows, prompt_indices
 from swarm_worker.sampler.engine import Generation
 from swarm_worker.sampler.errors import SamplerError
 from swarm_worker.sampler.evaluate import EvaluationSpec, evaluate

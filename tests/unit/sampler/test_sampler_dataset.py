@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm_worker.sampler.dataset import Row, load_rows, prompt_indices
-from swarm_worker.sampler.errors import DatasetError, SamplerError
+from swarm_core.data.dataset import Row, load_rows, prompt_indices
+from swarm_core.data.errors import DataError, DatasetError
 
 
 def written(path: Path, *records: object) -> Path:
@@ -95,7 +95,7 @@ def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, second_line: byte
         load_rows(path)
     assert str(caught.value).startswith(f"{path}:2: ")
     assert (caught.value.path, caught.value.line) == (path, 2)
-    assert isinstance(caught.value, SamplerError)
+    assert isinstance(caught.value, DataError)
     for word in words:
         assert word in str(caught.value)
 

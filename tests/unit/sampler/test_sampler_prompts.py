@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from swarm_core.data.errors import DataError
+from swarm_core.data.prompts import completion_text, encode_prompt, prompt_text
 from swarm_core.models.reading import load_tokenizer
-from swarm_worker.sampler.errors import SamplerError
-from swarm_worker.sampler.prompts import completion_text, encode_prompt, prompt_text
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny" / "model"
 TEMPLATE = "{% for m in messages %}{{ m.content }}={% endfor %}{% if add_generation_prompt %}+{% endif %}"
@@ -44,7 +44,7 @@ def test_messages_always_use_the_template(chat: PreTrainedTokenizerFast, mode: s
 
 
 def test_messages_without_a_template_are_refused(plain: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(SamplerError, match="no chat template"):
+    with pytest.raises(DataError, match="no chat template"):
         encode_prompt(plain, [{"role": "user", "content": "1"}])
 
 
@@ -57,7 +57,7 @@ def test_special_tokens_are_added_to_plain_text_only(chat: PreTrainedTokenizerFa
 
 
 def test_a_prompt_needs_a_token(plain: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(SamplerError, match="no token"):
+    with pytest.raises(DataError, match="no token"):
         encode_prompt(plain, "")
 
 

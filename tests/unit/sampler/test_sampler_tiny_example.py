@@ -12,10 +12,10 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from swarm_core.data.dataset import load_rows
+from swarm_core.data.prompts import completion_text, encode_prompt
 from swarm_core.models.reading import load_tokenizer
-from swarm_worker.sampler.dataset import load_rows
 from swarm_worker.sampler.hf import HfEngine
-from swarm_worker.sampler.prompts import completion_text, encode_prompt
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 

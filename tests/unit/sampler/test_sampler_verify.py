@@ -212,11 +212,16 @@ def test_hanging_verifiers_do_not_outlive_a_killed_program(rewards: Path, tmp_pa
     program, verifiers = started(rewards, tmp_path, "hang")
     time.sleep(0.2)
     program.kill()
-    program.communicate()
+    program.wait(10)
+    assert program.stdout is not None
+    program.stdout.close()
     deadline = time.monotonic() + 10
     while any(map(_alive, verifiers)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert verifiers and not any(map(_alive, verifiers))
+    left = [pid for pid in verifiers if _alive(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert verifiers and not left
 
 
 def _alive(pid: int) -> bool:

@@ -1,0 +1,215 @@
+"""The commands as a user types them: real processes, their files, their exit codes, and every message of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "tiny"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'proto'}", "OMP_NUM_THREADS": "1"}
+SMALL = [
+    "--set",
+    "grpo.prompts_per_batch=8",
+    "--set",
+    "sampler.eval_prompts=16",
+    "--set",
+    "anchor.calibration_prompts=8",
+]
+
+
+def command(program: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", f"{program}.cli", *map(str, arguments)]
+
+
+def run(program: str, *arguments: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(program, *arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2 and one line on stderr that holds all the words."""
+    lines = [line for line in done.stderr.splitlines() if " W " not in line and " I " not in line]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A copy of the shipped example that a test may damage."""
+    shutil.copytree(TINY, tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_help_answers_without_torch() -> None:
+    code = (
+        "import sys; from anchor_node.cli import parser as a; from swarm_worker.cli import parser as w;"
+        "text = a().format_help() + w().format_help(); assert 'examples:' in text;"
+        "heavy = {'torch', 'transformers', 'grpc', 'hivemind', 'numpy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, timeout=30)
+    for program, verb in (("anchor_node", "serve"), ("swarm_worker", "join"), ("swarm_worker", "local")):
+        done = run(program, verb, "--help")
+        assert done.returncode == 0 and "examples:" in done.stdout
+
+
+def test_bad_run_files_are_refused_in_one_line(tiny: Path) -> None:
+    serve = ("anchor_node", "serve", "--listen", "127.0.0.1:0", "--out", tiny / "out", "--config")
+    text = (tiny / "run.toml").read_text()
+    (tiny / "key.toml").write_text(text.replace("max_reuse", "max_resue"))
+    refused(run(*serve, tiny / "key.toml"), "grpo.max_resue", "did you mean grpo.max_reuse")
+    refused(run(*serve, tiny / "run.toml", "--set", "model.path=./nowhere"), "nowhere", "no directory")
+    weights = (tiny / "model" / "model.safetensors").read_bytes()
+    (tiny / "model" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    refused(run(*serve, tiny / "run.toml"), "model.safetensors")
+    (tiny / "model" / "model.safetensors").write_bytes(weights)
+    refused(run(*serve, tiny / "run.toml", "--set", "links.rank_forward=97"), "links.rank_forward", "97", "96")
+    rows = (tiny / "data" / "train.jsonl").read_text().splitlines()
+    rows[6] = rows[6].replace('"answer"', '"anser"')
+    (tiny / "data" / "train.jsonl").write_text("\n".join(rows) + "\n")
+    refused(run(*serve, tiny / "run.toml"), "train.jsonl:7", "answer")
+    assert not (tiny / "out" / "journal.jsonl").exists()
+
+
+def test_dry_run_prints_the_plan(tiny: Path) -> None:
+    done = run("anchor_node", "serve", "--config", tiny / "run.toml", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "25.0% of dense" in done.stdout and "Mbit/s" in done.stdout
+
+
+def test_an_anchor_that_does_not_answer_is_named() -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # bound, not listening: nobody answers
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        refused(run("swarm_worker", "join", "--stage", 0, "--anchor", address, "--wait", 1), address, "within 1 s")
+    refused(run("swarm_worker", "join", "--stage", 0, "--anchor", "nonsense"), "HOST:PORT")
+
+
+@pytest.fixture
+def anchor(tiny: Path) -> Iterator[str]:
+    """A serving anchor that nobody has joined yet."""
+    arguments = ("--config", tiny / "run.toml", "--listen", "127.0.0.1:0", "--out", tiny / "out", *SMALL)
+    process = subprocess.Popen(command("anchor_node", "serve", *arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    file = tiny / "out" / "anchor_address"
+    deadline = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    yield file.read_text().strip()
+    process.terminate()
+    assert process.wait(30) == 0
+
+
+def test_who_may_not_join_is_told_why(anchor: str, tiny: Path) -> None:
+    join = ("swarm_worker", "join", "--anchor", anchor, "--out", tiny / "worker", "--stage")
+    refused(run(*join, 7), "stage 7", "0 to 2")
+    refused(run(*join, 0, "--expect-digest", "abcdef"), "abcdef", "digest")
+    refused(
+        run("anchor_node", "serve", "--config", tiny / "run.toml", "--listen", anchor, "--out", tiny / "b"),
+        anchor,
+        "in use",
+    )
+    holder = subprocess.Popen(command(*join, 1), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    assert holder.stderr is not None
+    while "layers" not in (line := holder.stderr.readline()):
+        assert line, "the first worker ended"
+    refused(run(*join, 1), "stage 1 is already held by", "free: 0, 2")
+    other = tiny / "other"
+    shutil.copytree(tiny / "model", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    refused(run(*join, 0, "--model", other), "fingerprint", "--model")
+    holder.kill()
+    holder.wait()
+
+
+def local(out: Path, *more: object) -> list[str]:
+    return command("swarm_worker", "local", "--config", TINY / "run.toml", "--out", out, *SMALL, *more)
+
+
+def rows_of(out: Path, kind: str) -> list[dict[str, object]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["type"] == kind]
+
+
+def test_local_makes_a_whole_run_folder_and_resumes(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = subprocess.run(
+        local(out, "--ticks", 4), env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = {"run.toml", "metrics.jsonl", "ledger.csv", "journal.jsonl", "report.html", "checkpoints", "logs"}
+    assert expected <= {path.name for path in out.iterdir()}
+    assert {p.name for p in (out / "logs").iterdir()} == {
+        "anchor.log",
+        "sampler.log",
+        *(f"stage-{i}.log" for i in range(3)),
+    }
+    assert [row["tick"] for row in rows_of(out, "tick")] == [0, 1, 2, 3]
+    evaluations = rows_of(out, "eval")
+    assert {row["tick"] for row in evaluations} == {0, 4}
+    assert all("eval/accuracy_compressed" in row for row in evaluations)
+    assert "activation" in done.stdout and "of dense" in done.stdout
+    exported = run("anchor_node", "export", out, "--to", tmp_path / "hf")
+    assert exported.returncode == 0, exported.stderr
+    again = subprocess.run(
+        local(out, "--ticks", 6, "--resume"), env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [row["tick"] for row in rows_of(out, "tick")] == [0, 1, 2, 3, 4, 5]
+    refused_again = subprocess.run(local(out), env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    assert refused_again.returncode == 2 and "--resume" in refused_again.stderr
+
+
+def start_local(out: Path) -> subprocess.Popen[str]:
+    """An open-ended local swarm that has decided its first ticks."""
+    process = subprocess.Popen(
+        local(out, "--ticks", 0), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    journal, deadline = out / "journal.jsonl", time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        if journal.exists() and len(journal.read_text().splitlines()) >= 3:
+            return process
+        time.sleep(0.1)
+    raise AssertionError(process.communicate(timeout=10))
+
+
+def children(parent: int) -> list[int]:
+    text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+    return [int(pid) for pid in text.split()]
+
+
+def test_ctrl_c_ends_everything_cleanly_and_leaves_a_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start_local(out)
+    family = children(process.pid)
+    assert len(family) == 5
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stdout + stderr
+    ticks = len((out / "journal.jsonl").read_text().splitlines())
+    assert (out / "checkpoints" / f"tick-{ticks:08d}" / "COMPLETE").exists()
+    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_child_that_dies_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start_local(out)
+    family = children(process.pid)
+    os.kill(family[2], signal.SIGKILL)  # anchor, stage 0, stage 1
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode not in (0, 2), stdout + stderr
+    assert "SIGKILL" in stderr and "stage-1.log" in stderr and "layers" in stderr
+    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]

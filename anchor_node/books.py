@@ -91,7 +91,7 @@ def _cut_metrics(path: Path, resume_at: int) -> float:
     if not path.exists():
         return 0.0
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
@@ -106,8 +106,10 @@ def _cut_metrics(path: Path, resume_at: int) -> float:
 def _cut_ledger(path: Path, resume_at: int) -> None:
     if not path.exists():
         return
-    with path.open(newline="") as file:
-        rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)]
+    with path.open(newline="", errors="replace") as file:
+        text = file.read()
+    whole = text[: text.rfind("\n") + 1]  # a torn last line can look whole, with its last number cut short
+    rows = [row for row in csv.reader(whole.splitlines()) if len(row) == len(COLUMNS)]
     kept = [row for row in rows if not row[0].isdigit() or int(row[0]) < resume_at]
     with path.open("w", newline="") as file:
         csv.writer(file).writerows(kept)

@@ -55,8 +55,10 @@ def complete(
     folder = out / "checkpoints" / name
     folder.mkdir(parents=True, exist_ok=True)
     if bases is not None:
-        tensors = {f"{boundary}.{int(direction)}": q_HR for (boundary, direction), q_HR in bases[1].items()}
+        held = bases[1].items()
+        tensors = {f"{boundary}.{int(direction)}": q_HR.contiguous() for (boundary, direction), q_HR in held}
         save_file(tensors, folder / BASES, metadata={"version": str(bases[0])})
+        _sync(folder / BASES)
     tick = shards[0].tick
     index = {
         "tick": tick,
@@ -66,9 +68,7 @@ def complete(
     }
     _write_synced(folder / INDEX, json.dumps(index, indent=1) + "\n")
     _write_synced(folder / MARKER, f"{tick}\n")
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    _sync(folder)
     for old in found(out)[:-keep] if keep else []:
         # The marker goes first: a half-deleted checkpoint must not look complete.
         (old.folder / MARKER).unlink()
@@ -112,13 +112,19 @@ def load_bases(checkpoint: Checkpoint) -> tuple[int, dict[Key, Tensor]]:
             version = int((file.metadata() or {})["version"])
             names = list(file.keys())
             tensors = {name: file.get_tensor(name) for name in names}
+        keys = {name: tuple(map(int, name.split("."))) for name in names}
+        return version, {(b, Direction(d)): tensors[name] for name, (b, d) in keys.items()}
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path}: the bases cannot be read ({error}); they are needed to resume") from None
-    bases = {}
-    for name, q_HR in tensors.items():
-        boundary, direction = name.split(".")
-        bases[(int(boundary), Direction(int(direction)))] = q_HR
-    return version, bases
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_synced(path: Path, text: str) -> None:

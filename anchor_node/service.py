@@ -119,7 +119,8 @@ class AnchorService:
                 if self.roster.is_ready(member, from_bytes(Ready, frame.payload)):
                     await self._start()
                 else:
-                    log.info("stage %d is ready; missing: %s", member.stage, self.roster.missing())
+                    missing = ", ".join(map(str, self.roster.missing()))
+                    self.event("ready", f"stage {member.stage}; still to come: stages {missing}")
             case FrameKind.REPORT:
                 self._note(from_bytes(Report, frame.payload))
             case FrameKind.SKETCH:
@@ -158,7 +159,7 @@ class AnchorService:
             await self._send(stream, FrameKind.WELCOME, self._welcome())
             await stream.expect(FrameKind.READY)
             self._samplers.append(stream)
-            log.info("a sampler joined")
+            self.event("ready", "a sampler")
             if self.roster.started:
                 await self._start_sampler(stream)
             while (frame := await stream.receive()) is not None:

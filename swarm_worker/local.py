@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -85,8 +86,6 @@ class LocalSwarm:
         return self._watch()
 
     def _stages(self) -> int:
-        import json
-
         return len(json.loads((self.out / "manifest.json").read_text())["spans"])
 
     def _start(self, name: str, command: list[str], *, terminal: bool = False) -> Child:
@@ -155,7 +154,7 @@ class LocalSwarm:
         self._interrupts += 1
         if self._interrupts > 1 or not self.children:
             raise KeyboardInterrupt
-        self.children[0].process.send_signal(signal.SIGTERM)
+        self.children[0].process.send_signal(number)
 
     def kill(self) -> None:
         """Whatever is left goes."""

@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from swarm_core.wire.errors import BadFrame, ManifestMismatch
-from swarm_core.wire.frames import Frame, Header
+from swarm_core.wire.frames import MAX_MESSAGE_BYTES, Frame, Header
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
     PROTOCOL,
@@ -24,11 +24,7 @@ from swarm_core.wire.messages import (
 )
 from swarm_core.wire.streams import FrameStream, Server
 
-# Larger than any real payload of the kind; the exact size is checked against the manifest where it is decoded.
-TENSOR_LIMIT = 1 << 30
-ABOVE_LIMITS = {FrameKind.ACTIVATION: TENSOR_LIMIT, FrameKind.BATCH: 256 << 20}
-BELOW_LIMITS = {FrameKind.GRADIENT: TENSOR_LIMIT}
-FEED_LIMITS = {FrameKind.ROLLOUTS: 256 << 20}
+ROLLOUT_LIMIT = 256 << 20  # a few million tokens
 
 
 class StageService:
@@ -46,6 +42,7 @@ class StageService:
         self._on_rollouts = on_rollouts
         self._known = asyncio.Event()
         self._digest = ""
+        self._above_limits: dict[FrameKind, int] = {}
         self._weights: dict[int, dict[str, Tensor]] = {}
         self._published = asyncio.Condition()
         self._order: Order | None = None  # not yet given to anybody
@@ -54,9 +51,10 @@ class StageService:
         self._order_lock = asyncio.Lock()
         self.server = Server("Stage", {"Link": self._link, "Feed": self._feed}, ledger)
 
-    def open(self, manifest_digest: str) -> None:
-        """From now on streams are answered; before, they wait."""
+    def open(self, manifest_digest: str, largest_activation: int = MAX_MESSAGE_BYTES) -> None:
+        """From now on streams are answered; before, they wait. An activation may have that many bytes at most."""
         self._digest = manifest_digest
+        self._above_limits = {FrameKind.ACTIVATION: largest_activation, FrameKind.BATCH: ROLLOUT_LIMIT}
         self._known.set()
 
     async def _greet(self, stream: FrameStream) -> Hello:
@@ -73,7 +71,7 @@ class StageService:
         hello = await self._greet(stream)
         if hello.stage != self.stage - 1:
             raise BadFrame(f"stage {hello.stage} dialled stage {self.stage}; only stage {self.stage - 1} may")
-        stream.name(f"stage{hello.stage}-stage{self.stage}", "up", ABOVE_LIMITS)
+        stream.name(f"stage{hello.stage}-stage{self.stage}", "up", self._above_limits)
         stream.peer = f"stage {hello.stage}"
         await stream.send(Frame(Header(FrameKind.WELCOME), to_bytes(Welcome(manifest_digest=self._digest))))
         await self._on_link(stream)
@@ -105,7 +103,7 @@ class StageService:
 
     async def _feed(self, stream: FrameStream) -> None:
         await self._greet(stream)
-        stream.name(f"sampler-stage{self.stage}", "up", FEED_LIMITS)
+        stream.name(f"sampler-stage{self.stage}", "up", {FrameKind.ROLLOUTS: ROLLOUT_LIMIT})
         stream.peer = "the sampler"
         await stream.send(Frame(Header(FrameKind.WELCOME), to_bytes(Welcome(manifest_digest=self._digest))))
         self._feeds.append(stream)

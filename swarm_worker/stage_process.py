@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from codec.spec import Direction
 from swarm_core.models.architecture import fingerprint, resolve
 from swarm_core.wire.errors import PeerLost
 from swarm_core.wire.frames import Frame, Header
@@ -36,7 +37,7 @@ from swarm_worker.lead import LeadState
 from swarm_worker.leader import Leader
 from swarm_worker.membership import Membership, join, read_bases
 from swarm_worker.sampler.replay import ReplayWriter, cut_record
-from swarm_worker.service import BELOW_LIMITS, StageService
+from swarm_worker.service import StageService
 from swarm_worker.shard import Shard, ShardError, read_shard, shard_name
 from swarm_worker.worker import Position, StageWorker
 
@@ -146,12 +147,13 @@ class StageProcess:
 
     async def _dial_below(self, membership: Membership, start: Start) -> Dialled | None:
         stage = self.arguments.stage
-        self.service.open(membership.digest)
+        self.service.open(membership.digest, membership.manifest.largest_packet(Direction.FORWARD))
         if stage + 1 == membership.manifest.stages:
             return None
         address = start.stage_addresses[stage + 1]
+        limits = {FrameKind.GRADIENT: membership.manifest.largest_packet(Direction.BACKWARD)}
         below = await dial(address, "Stage/Link", self.ledger, f"stage {stage + 1}", NEIGHBOUR_WAIT_S)
-        below.name(f"stage{stage}-stage{stage + 1}", "down", BELOW_LIMITS)
+        below.name(f"stage{stage}-stage{stage + 1}", "down", limits)
         hello = Hello(role="link", stage=stage, manifest_digest=membership.digest)
         await below.send(Frame(Header(FrameKind.HELLO, membership.run), to_bytes(hello)))
         from_bytes(Welcome, (await below.expect(FrameKind.WELCOME)).payload)

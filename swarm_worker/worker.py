@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections import deque
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,7 @@ from swarm_worker.service import StageService
 from swarm_worker.shard import shard_name, write_shard
 
 log = logging.getLogger(__name__)
+WATCH_S = 30.0  # a tick of a large model over a slow link can take this long; nothing is decided by it
 Key = tuple[tuple[int, int, int, Mode, int], int, FrameKind]
 
 
@@ -114,6 +117,7 @@ class StageWorker:
         self.above: Outbox | None = None
         self.below: Outbox | None = None
         self._thread = compute_thread
+        self._deliveries: deque[Callable[[], None]] = deque()
         self._payloads: dict[Key, memoryview | bytes] = {}
         # Activations received but not yet computed on; beyond it the reader stops, and with it the sender's window.
         self._room = asyncio.Semaphore(4 * self.span.stages)
@@ -149,6 +153,7 @@ class StageWorker:
     async def run(self, below: FrameStream | None) -> str:
         """Work until STOP; returns its reason. Raises what broke."""
         self.spawn(self.anchor.run())
+        self.spawn(self.watch())
         if below is not None:
             self.below = Outbox(below)
             self.spawn(self.below.run())
@@ -159,6 +164,14 @@ class StageWorker:
         finally:
             for task in self._tasks:
                 task.cancel()
+
+    async def watch(self) -> None:
+        """Say what is awaited when nothing has moved for a while: a swarm that hangs must not hang in silence."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            age_s = time.monotonic() - self.progress_at
+            if age_s > WATCH_S and (what := self.schedule.waiting_for()):
+                log.warning("stage %d has waited %.0f s for %s", self.span.stage, age_s, what)
 
     async def serve_above(self, stream: FrameStream) -> None:
         """The link of the stage before, for as long as it lasts (called by the service)."""
@@ -206,7 +219,7 @@ class StageWorker:
                 self._post_below(frame)
                 data = from_bytes(BatchData, frame.payload)
                 size = self.manifest.config.swarm.microbatch_size
-                self.compute.add_batch(read_batch(data, size, self.manifest.vocab))
+                self._deliver(partial(self.compute.add_batch, read_batch(data, size, self.manifest.vocab)))
             case FrameKind.BEGIN:
                 self._post_below(frame)
                 self.drive(Begun(self._stamp(frame)))
@@ -236,7 +249,8 @@ class StageWorker:
             match frame.header.kind:
                 case FrameKind.BASIS:
                     message = from_bytes(BasisSet, frame.payload)
-                    self.compute.add_bases(message.version, read_bases(message, self.manifest))
+                    bases = read_bases(message, self.manifest)
+                    self._deliver(partial(self.compute.add_bases, message.version, bases))
                 case FrameKind.STOP:
                     stop = from_bytes(Stop, frame.payload)
                     self._stop(stop)
@@ -305,8 +319,14 @@ class StageWorker:
                 await self._applied(stamp, command.decide, *result)
         self.drive(Computed())
 
+    def _deliver(self, take_in: Callable[[], None]) -> None:
+        """Give the compute thread something to take in before its next piece of work: only it touches its state."""
+        self._deliveries.append(take_in)
+
     def _work(self, command: Compute) -> Any:
         """On the compute thread."""
+        while self._deliveries:
+            self._deliveries.popleft()()
         stamp, microbatch = command.stamp, command.microbatch
         match command.op:
             case Op.FORWARD:
@@ -418,7 +438,7 @@ class StageWorker:
             return
         batch = self.leader.next_batch(self._basis_held)
         if batch is not None:
-            self.compute.add_batch(batch)
+            self._deliver(partial(self.compute.add_batch, batch))
             header = Header(FrameKind.BATCH, self.run_id, self.position.epoch, self.position.tick, batch=batch.number)
             self._post_below(Frame(header, to_bytes(batch_data(batch, self.manifest.vocab))))
             order = self.leader.next_order()  # with overlap, the next batch is generated meanwhile

@@ -49,7 +49,7 @@ check: $(SETUP)  ## style, types, rooms, README tree, stubs, knob table
 demo: $(SETUP)  ## three stages, anchor and sampler on this machine learn to add
 	$(OFFLINE) $(BIN)/swarm_worker local --config examples/tiny/run.toml --stages 3 --out runs/demo --fresh
 
-bench: $(SETUP)  ## what the codec, the links and a tick cost on this machine
+bench: $(SETUP)  ## tokens/s of two stages against torch.distributed.pipelining (5 min)
 	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.bench $(ARGS)
 
 tiny-model: $(SETUP)  ## rebuild examples/tiny/model and its data from seeds

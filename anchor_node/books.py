@@ -18,18 +18,36 @@ from swarm_core.wire.messages import LedgerRow, Report
 class Books:
     """Writes `metrics.jsonl` and `ledger.csv` of one run and keeps the byte totals the live table shows."""
 
-    def __init__(self, out: Path, resume_at: int) -> None:
-        """Open the books; on a resume at tick N, rows of later ticks belong to a lost future and are cut off."""
+    def __init__(self, out: Path) -> None:
+        """Open the books of a run folder, new or to be continued. A torn last line is mended."""
         out.mkdir(parents=True, exist_ok=True)
-        self.started = time.time() - _cut_metrics(out / "metrics.jsonl", resume_at)
-        _cut_ledger(out / "ledger.csv", resume_at)
-        self._metrics = (out / "metrics.jsonl").open("a")
-        self._ledger_file = (out / "ledger.csv").open("a", newline="")
+        self._metrics_path, self._ledger_path = out / "metrics.jsonl", out / "ledger.csv"
+        _mend(self._metrics_path)
+        _mend(self._ledger_path)
+        rows = _whole_rows(self._metrics_path)
+        self.started = time.time() - max((float(row.get("time_s", 0.0)) for row in rows), default=0.0)
+        self._metrics = self._metrics_path.open("a")
+        self._ledger_file = self._ledger_path.open("a", newline="")
         self._ledger = csv.writer(self._ledger_file)
         if self._ledger_file.tell() == 0:
             self._ledger.writerow(COLUMNS)
         self.totals: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])  # kind -> dense, packet, message
-        self.by_tick: dict[int, list[int]] = {}  # tick -> dense and packet bytes of activations and gradients
+        self._link_bytes: dict[int, list[int]] = {}  # tick -> dense and packet bytes of activations and gradients
+
+    def cut(self, resume_at: int) -> None:
+        """A resumed run starts at this tick: metrics of later ticks belong to a lost future. Bytes stay: they crossed."""
+        self._metrics.close()
+        rows = [r for r in _whole_rows(self._metrics_path) if r.get("tick", 0) < resume_at + (r.get("type") != "tick")]
+        temporary = self._metrics_path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.rename(self._metrics_path)
+        self._metrics = self._metrics_path.open("a")
+
+    def link_bytes(self, tick: int) -> tuple[int, int]:
+        """(dense, packet) bytes that the links carried in a tick, as far as they are reported; asked once a tick."""
+        dense, packet = self._link_bytes.get(tick, (0, 0))
+        self._link_bytes = {t: sums for t, sums in self._link_bytes.items() if t > tick}
+        return dense, packet
 
     def report(self, report: Report) -> dict[str, Any] | None:
         """Write what a process reported; returns the metrics row, if it was one."""
@@ -67,7 +85,7 @@ class Books:
             total[1] += row.packet_bytes
             total[2] += row.message_bytes
             if row.kind in ("activation", "gradient"):
-                sums = self.by_tick.setdefault(row.tick, [0, 0])
+                sums = self._link_bytes.setdefault(row.tick, [0, 0])
                 sums[0] += row.dense_bytes
                 sums[1] += row.packet_bytes
         self._ledger_file.flush()
@@ -86,30 +104,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _cut_metrics(path: Path, resume_at: int) -> float:
-    """Drop rows at and after a tick; returns the run time so far, in seconds."""
-    if not path.exists():
-        return 0.0
+def _whole_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except ValueError:
             continue  # a torn last line
-        before = row.get("tick", 0) < resume_at or row.get("type") != "tick" and row.get("tick", 0) <= resume_at
-        if before:
-            rows.append(row)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return max((float(row.get("time_s", 0.0)) for row in rows), default=0.0)
+    return rows
 
 
-def _cut_ledger(path: Path, resume_at: int) -> None:
+def _mend(path: Path) -> None:
+    """Drop a last line without its end: it, or its last number, may be cut."""
     if not path.exists():
         return
-    with path.open(newline="", errors="replace") as file:
-        text = file.read()
-    whole = text[: text.rfind("\n") + 1]  # a torn last line can look whole, with its last number cut short
-    rows = [row for row in csv.reader(whole.splitlines()) if len(row) == len(COLUMNS)]
-    kept = [row for row in rows if not row[0].isdigit() or int(row[0]) < resume_at]
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows(kept)
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from codec.spec import Direction
 from swarm_core.errors import UserError
+from swarm_core.run_folder import CHECKPOINTS
 from swarm_core.wire.messages import Saved
 
 Key = tuple[int, Direction]
 BASES = "bases.safetensors"
+log = logging.getLogger(__name__)
 MARKER = "COMPLETE"
 INDEX = "index.json"
 
@@ -52,7 +55,7 @@ def complete(
 
     All but the newest `keep` complete checkpoints go.
     """
-    folder = out / "checkpoints" / name
+    folder = out / CHECKPOINTS / name
     folder.mkdir(parents=True, exist_ok=True)
     if bases is not None:
         held = bases[1].items()
@@ -79,13 +82,13 @@ def complete(
 def found(out: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run folder, oldest first. Torn ones are passed over."""
     checkpoints = []
-    for marker in (out / "checkpoints").glob(f"*/{MARKER}"):
+    for marker in (out / CHECKPOINTS).glob(f"*/{MARKER}"):
         try:
             index = json.loads((marker.parent / INDEX).read_text())
             shards = {int(stage): Saved(**saved) for stage, saved in index["shards"].items()}
             checkpoints.append(Checkpoint(marker.parent, int(index["tick"]), index["manifest_digest"], shards))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is passed over: its index cannot be read (%s)", marker.parent, error)
     return sorted(checkpoints, key=lambda c: c.tick)
 
 
@@ -93,7 +96,7 @@ def latest(out: Path, manifest_digest: str | None = None) -> Checkpoint:
     """The newest complete checkpoint; raises CheckpointError when there is none or it is of another manifest."""
     checkpoints = found(out)
     if not checkpoints:
-        raise CheckpointError(f"no complete checkpoint below {out / 'checkpoints'}: nothing to continue or export")
+        raise CheckpointError(f"no complete checkpoint below {out / CHECKPOINTS}: nothing to continue or export")
     newest = checkpoints[-1]
     if manifest_digest is not None and newest.manifest_digest != manifest_digest:
         raise CheckpointError(

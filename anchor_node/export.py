@@ -11,6 +11,7 @@ from torch import Tensor
 from anchor_node.checkpoints import Checkpoint, CheckpointError, found, latest
 from swarm_core.models.architecture import resolve
 from swarm_core.models.export import export
+from swarm_core.run_folder import CHECKPOINTS, MANIFEST_FILE
 
 
 def export_run(folder: Path, to: Path) -> int:
@@ -18,10 +19,10 @@ def export_run(folder: Path, to: Path) -> int:
     checkpoint = _pick(folder)
     run = checkpoint.folder.parent.parent
     try:
-        source = resolve(json.loads((run / "manifest.json").read_text())["config"]["model"]["path"])
+        source = resolve(json.loads((run / MANIFEST_FILE).read_text())["config"]["model"]["path"])
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{run / 'manifest.json'}: cannot tell which model this run started from ({error})"
+            f"{run / MANIFEST_FILE}: cannot tell which model this run started from ({error})"
         ) from None
     shards = [_weights(checkpoint.folder / saved.file) for _, saved in sorted(checkpoint.shards.items())]
     made = export(shards, source, to)
@@ -30,7 +31,7 @@ def export_run(folder: Path, to: Path) -> int:
 
 
 def _pick(folder: Path) -> Checkpoint:
-    if folder.parent.name == "checkpoints":
+    if folder.parent.name == CHECKPOINTS:
         run = folder.resolve().parent.parent
         for checkpoint in found(run):
             if checkpoint.folder.resolve() == folder.resolve():

@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from anchor_node.record import LINK_KINDS, ByteCount, LedgerSummary, byte_text, number, share_text, whole
+from anchor_node.record import KIND_ORDER, LINK_KINDS, ByteCount, LedgerSummary, byte_text, number, share_text, whole
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class LiveTable:
         self._evals: dict[int, dict[str, Any]] = {}
         self._sizes: dict[int, Sequence[int]] = {}
         self._link, self._summed_by_caller = (0, 0), False
+        self._by_kind: dict[str, int] = {}
         self._done = first_tick
         self._counts = {"commit": 0, "skip": 0}
         self._last_eval = self._last_event = self._last_error = ""
@@ -126,6 +127,7 @@ class LiveTable:
             sizes = {int(tick): (int(of[0]), int(of[-1])) for tick, of in (by_tick or {}).items() if len(of) > 1}
             with self._lock:
                 self._link = (sum(dense for dense, _ in sums), sum(sent for _, sent in sums))
+                self._by_kind = {kind: _sizes(counts[kind])[1] for kind in KIND_ORDER if kind in counts}
                 self._summed_by_caller = True
                 shown = {row["tick"] for row in self._ticks}
                 newest = max(shown, default=-1)
@@ -264,11 +266,13 @@ class LiveTable:
             ("error", self._last_error, "red"),
         ]
         if dense:
+            kinds = ", ".join(f"{kind} {byte_text(of)}" for kind, of in self._by_kind.items() if kind not in LINK_KINDS)
+            lines.insert(0, ("other bytes", kinds, "dim"))
             lines.insert(0, ("links", f"{byte_text(sent)} sent, {share_text(sent / dense)} of dense", ""))
         if not self._ticks:
             lines.insert(0, ("waiting", "for the first tick", "dim"))
         grid = Table.grid(padding=(0, GAP, 0, 0))
-        grid.add_column(no_wrap=True, min_width=len("validation"))
+        grid.add_column(no_wrap=True, min_width=len("other bytes"))
         grid.add_column(no_wrap=True, overflow="ellipsis")
         for name, text, style in lines:
             if text:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import json
 import logging
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,21 +18,22 @@ from torch import Tensor
 
 from anchor_node.books import Books
 from anchor_node.calibrator import BasisKeeper, Key, calibration_samples, first_bases
-from anchor_node.checkpoints import CheckpointError, latest, load_bases
+from anchor_node.checkpoints import Checkpoint, CheckpointError, latest, load_bases
 from anchor_node.live import LiveTable
 from anchor_node.service import AnchorService
 from codec.spec import Direction
 from swarm_core.config import RunConfig
-from swarm_core.data.dataset import load_rows, prompt_indices
+from swarm_core.data.dataset import Row, load_rows, prompt_indices
 from swarm_core.data.prompts import encode_prompt
 from swarm_core.manifest import Manifest, make_manifest
 from swarm_core.models.architecture import eos_ids, fingerprint, read_shape, resolve
 from swarm_core.models.reading import load_tokenizer, open_stage
+from swarm_core.run_folder import ADDRESS_FILE, JOURNAL_FILE, MANIFEST_FILE
 from swarm_core.wire.errors import WireError
 from swarm_core.wire.ledger import Ledger
+from swarm_core.wire.streams import dialable_here
 
 log = logging.getLogger(__name__)
-ADDRESS_FILE = "anchor_address"
 
 
 @dataclass(frozen=True)
@@ -58,35 +62,52 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
     config, out = arguments.config, arguments.out
     manifest, model_path = prepare(config)
     resume = latest(out, manifest.digest()) if arguments.resume else None
-    if resume is None and (out / "journal.jsonl").exists():
-        raise CheckpointError(f"{out} holds a run already: give --resume to continue it, or another --out")
     rows = load_rows(config.data.train)  # a row without an answer is refused before anything starts
     if config.data.validation is not None:
         load_rows(config.data.validation)
-    first_tick = resume.tick if resume else 0
-    books = Books(out, first_tick)
-    screen = _table(config, manifest, first_tick)
-    _write_run_files(arguments, manifest, model_path)
     ledger = Ledger()
-    # The socket first: a port in use is said at once, not after the calibration.
-    service = AnchorService(manifest, books, None, screen, out, resume, ledger)
-    address = await service.server.start(arguments.listen)
-    screen.start()
-    try:
-        if config.links.kind == "lowrank" and manifest.boundaries:
-            version, bases = load_bases(resume) if resume else (0, _calibrate(manifest, model_path, rows))
-            service.keeper = BasisKeeper(manifest.link(), manifest.boundaries, version, bases)
-        service.open()
-        (out / ADDRESS_FILE).write_text(address + "\n")
-        log.info("anchor of run %s (manifest %s) listening on %s", config.run.name, manifest.digest()[:12], address)
+    with _alone(out):
+        if resume is None and (out / JOURNAL_FILE).exists():
+            raise CheckpointError(f"{out} holds a run already: give --resume to continue it, or another --out")
+        books, screen = Books(out), _table(config, manifest, resume.tick if resume else 0)
+        service = AnchorService(manifest, books, None, screen, out, resume, ledger)
+        # The socket before anything is written: a port in use must not leave a trace in the folder.
+        address = await service.server.start(arguments.listen)
+        _write_run_files(arguments, manifest, model_path)
         if signals:
             _on_signals(service)
-        return await service.over
-    finally:
-        await service.close()
-        screen.stop()
-        books.close()
-        (out / ADDRESS_FILE).unlink(missing_ok=True)
+        screen.start()
+        try:
+            if config.links.kind == "lowrank" and manifest.boundaries:
+                version, bases = await asyncio.to_thread(_bases, manifest, model_path, rows, resume)
+                service.keeper = BasisKeeper(manifest.link(), manifest.boundaries, version, bases)
+            service.open()
+            (out / ADDRESS_FILE).write_text(dialable_here(address) + "\n")
+            log.info("anchor of run %s (manifest %s) listening on %s", config.run.name, manifest.digest()[:12], address)
+            return await service.over
+        finally:
+            await service.close()
+            screen.stop()
+            books.close()
+            (out / ADDRESS_FILE).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold a run folder: two anchors would write over each other."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(f"{out} is in use by another anchor: stop that one, or give another --out") from None
+        yield
+
+
+def _bases(
+    manifest: Manifest, model_path: Path, rows: list[Row], resume: Checkpoint | None
+) -> tuple[int, dict[Key, Tensor]]:
+    return load_bases(resume) if resume else (0, _calibrate(manifest, model_path, rows))
 
 
 def _table(config: RunConfig, manifest: Manifest, first_tick: int) -> LiveTable:
@@ -109,10 +130,10 @@ def _write_run_files(arguments: ServeArguments, manifest: Manifest, model_path: 
         "ranks": {"forward": link.columns(Direction.FORWARD), "backward": link.columns(Direction.BACKWARD)},
         "shape": asdict(read_shape(model_path)),
     }
-    (out / "manifest.json").write_text(json.dumps(described, indent=1, default=str) + "\n")
+    (out / MANIFEST_FILE).write_text(json.dumps(described, indent=1, default=str) + "\n")
 
 
-def _calibrate(manifest: Manifest, model_path: Path, rows: list) -> dict[Key, Tensor]:
+def _calibrate(manifest: Manifest, model_path: Path, rows: list[Row]) -> dict[Key, Tensor]:
     """Version 0, from the initial checkpoint and a few training prompts with their answers."""
     config = manifest.config
     tokenizer = load_tokenizer(model_path)
@@ -130,15 +151,18 @@ def _calibrate(manifest: Manifest, model_path: Path, rows: list) -> dict[Key, Te
 def _on_signals(service: AnchorService) -> None:
     """The first SIGINT or SIGTERM drains: the tick ends, a checkpoint is written. The second one ends at once."""
     loop = asyncio.get_running_loop()
-    tasks: list[asyncio.Task[None]] = []
+
+    asked = False
 
     def stop(name: str) -> None:
-        if tasks:
+        nonlocal asked
+        if asked:
             if not service.over.done():
-                service.over.set_exception(WireError(f"{name} twice: left without a checkpoint"))
+                service.over.set_exception(WireError(f"{name} twice: left without waiting for the tick to end"))
             return
+        asked = True
         print(f"{name}: stopping after this tick, with a checkpoint; once more to stop at once", file=sys.stderr)
-        tasks.append(loop.create_task(service.drain(name)))
+        service.drain(name)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number.name)

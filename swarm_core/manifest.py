@@ -11,16 +11,16 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
-from codec.spec import Direction, LinkSpec, packet_bytes
+from codec.spec import LinkSpec
 from swarm_core.config import RunConfig, parse_manifest
 from swarm_core.errors import UserError
 from swarm_core.learning.partition import Span, partition
 from swarm_core.models.architecture import ModelShape
 
 OUTSIDE_DIGEST = {
-    "run": ("name", "ticks", "threads"),
+    "run": ("name", "ticks", "threads", "device"),
     "model": ("path",),  # the fingerprint stands for it
-    "data": ("validation",),
+    "data": ("train", "validation"),  # where the files lie; rollouts travel with their tokens
     "sampler": None,
     "checkpoint": None,
 }
@@ -38,7 +38,6 @@ class Manifest:
     spans: tuple[Span, ...]
     width: int
     vocab: int
-    max_positions: int
     model_fingerprint: str
 
     @property
@@ -63,10 +62,6 @@ class Manifest:
             dtype="fp64" if self.config.run.precision == "fp64" else "fp32",
         )
 
-    def largest_packet(self, direction: Direction) -> int:
-        """Bytes of the largest packet that a boundary can carry: a whole microbatch of sequences of full length."""
-        return packet_bytes(self.link(), direction, self.config.swarm.microbatch_size * self.max_positions)
-
     def to_json(self) -> str:
         """Canonical JSON: equal manifests are equal bytes."""
         return _canonical(self._plain())
@@ -89,7 +84,6 @@ class Manifest:
                     "spans": [asdict(span) for span in self.spans],
                     "width": self.width,
                     "vocab": self.vocab,
-                    "max_positions": self.max_positions,
                     "model_fingerprint": self.model_fingerprint,
                 }
             )
@@ -103,7 +97,7 @@ def _canonical(value: object) -> str:
 def make_manifest(config: RunConfig, shape: ModelShape, fingerprint: str) -> Manifest:
     """Derive the manifest: the split is fixed here, once, for all. Raises PartitionError, ConfigError."""
     spans = partition(shape, config.swarm.stages, config.swarm.split)
-    manifest = Manifest(config, tuple(spans), shape.hidden, shape.vocab, shape.max_positions, fingerprint)
+    manifest = Manifest(config, tuple(spans), shape.hidden, shape.vocab, fingerprint)
     manifest.link()  # a rank above the width is refused here, before anything starts
     return manifest
 
@@ -117,7 +111,6 @@ def read_manifest(text: str) -> Manifest:
             spans=tuple(Span(**span) for span in plain["spans"]),
             width=int(plain["width"]),
             vocab=int(plain["vocab"]),
-            max_positions=int(plain["max_positions"]),
             model_fingerprint=str(plain["model_fingerprint"]),
         )
     except (ValueError, KeyError, TypeError) as error:

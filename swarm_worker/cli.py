@@ -110,8 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run_to_exit_code("swarm_worker local", lambda: run_local(arguments))
     if arguments.command == "join":
+        from swarm_core.wire.allocator import keep_large_blocks
         from swarm_worker.stage_process import StageArguments, hold_stage
 
+        keep_large_blocks()
         given = StageArguments(
             stage=arguments.stage,
             anchor=arguments.anchor,

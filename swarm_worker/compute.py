@@ -21,6 +21,7 @@ from codec.basis import Basis, captured_share, rms_weights, sketch
 from codec.errors import NonFiniteError
 from codec.link_codec import LinkCodec
 from codec.spec import Direction, dense_bytes
+from swarm_core.config import RunConfig
 from swarm_core.learning import optimizer as optim
 from swarm_core.learning.batch import Batch
 from swarm_core.learning.dgg import Gate, Verdict
@@ -31,6 +32,7 @@ from swarm_core.learning.stage import Stage
 from swarm_core.manifest import Manifest
 from swarm_core.models.reading import open_stage
 from swarm_core.wire.messages import Decide, Mode, Outcome
+from swarm_worker.lead import NONFINITE
 from swarm_worker.schedule import Stamp
 from swarm_worker.shard import Shard, clone_all, select
 
@@ -50,6 +52,7 @@ class Tally:
     """What a stage says in its vote."""
 
     norms: list[float]
+    sound: bool  # every tensor of the tick could be sent
     gated: bool
     numbers: dict[str, float]
 
@@ -85,6 +88,22 @@ class _Live:
     left_NH: Tensor  # what went over the next link
 
 
+def optimizer_spec(config: RunConfig) -> optim.OptimizerSpec:
+    """The [optimizer] knobs in the words of the learning room."""
+    o = config.optimizer
+    return optim.OptimizerSpec(
+        learning_rate=o.lr,
+        beta1=o.beta1,
+        beta2=o.beta2,
+        epsilon=o.eps,
+        weight_decay=o.weight_decay,
+        max_grad_norm=o.max_grad_norm,
+        schedule=o.schedule,
+        warmup_steps=o.warmup_ticks,
+        total_steps=config.run.ticks,
+    )
+
+
 class StageCompute:
     """One stage's numerics. Not thread-safe: one thread calls it."""
 
@@ -102,18 +121,7 @@ class StageCompute:
         self.reference: Stage | None = None
         if config.grpo.kl_beta > 0:
             self.reference = open_stage(model_path, self.span, self.dtype).to(device)
-        o = config.optimizer
-        self.optimizer_spec = optim.OptimizerSpec(
-            learning_rate=o.lr,
-            beta1=o.beta1,
-            beta2=o.beta2,
-            epsilon=o.eps,
-            weight_decay=o.weight_decay,
-            max_grad_norm=o.max_grad_norm,
-            schedule=o.schedule,
-            warmup_steps=o.warmup_ticks,
-            total_steps=config.run.ticks,
-        )
+        self.optimizer_spec = optimizer_spec(config)
         self.optimizer = optim.build_optimizer(self.parameters, self.optimizer_spec)
         g = config.grpo
         self.loss_spec = LossSpec(
@@ -149,7 +157,10 @@ class StageCompute:
 
     def add_bases(self, version: int, bases: dict[tuple[int, Direction], Basis]) -> None:
         """Hold a new basis version; older ones stay until no batch is pinned to them."""
-        self.bases[version] = {key: Basis(version, b.q_HR.to(self.device)) for key, b in bases.items()}
+        on_device = self.device.type == "cpu"  # made there, and checked once
+        self.bases[version] = {
+            key: b if on_device else Basis(version, b.q_HR.to(self.device)) for key, b in bases.items()
+        }
 
     @property
     def newest_basis(self) -> int:
@@ -225,8 +236,6 @@ class StageCompute:
             mean = sum(share * n for share, n in shares) / max(tokens, 1)
             numbers[f"basis/share_{direction.name.lower()}/boundary_{boundary}"] = mean
         self._shares = {}
-        if self._poison is not None:
-            norms = [math.inf] * len(norms)  # a tensor that could not be sent: no stage may step
         gated = False
         self._verdict = None
         if self.span.is_last and stamp.microbatches > 0:
@@ -237,7 +246,7 @@ class StageCompute:
             numbers["dgg/full"] = float(self._verdict.full)
             if self._verdict.z is not None:
                 numbers["dgg/z"] = self._verdict.z
-        return Tally(norms, gated, numbers)
+        return Tally(norms, self._poison is None, gated, numbers)
 
     def apply(self, stamp: Stamp, decide: Decide) -> list[SketchOut]:
         """Step, or leave everything as it was; then what ends with the tick. Returns sketches that are due."""
@@ -245,8 +254,8 @@ class StageCompute:
             rate = optim.learning_rate(self.optimizer_spec, stamp.step)
             optim.apply(self.optimizer, decide.coefficient, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        if self._verdict is not None and decide.outcome in (Outcome.COMMIT, Outcome.SKIP):
-            self.gate.record(self._verdict)
+        if self._verdict is not None and decide.reason != NONFINITE:
+            self.gate.record(self._verdict)  # a poisoned tick says nothing about the policy
         self._verdict, self._poison = None, None
         self._live.clear()
         if decide.end_of_batch:
@@ -282,9 +291,13 @@ class StageCompute:
             held = {name: value for name, value in columns.items() if isinstance(value, Tensor)}
             tensors |= {f"batch.{number}.{name}": value for name, value in held.items()}
             batches.append({n: v for n, v in columns.items() if n not in held and isinstance(v, (int, list))})
-        return Shard(
-            tensors, {**meta, "steps": steps, "gate": self.gate.state_dict(), "bases": bases, "batches": batches}
-        )
+        windows = []
+        for (boundary, direction), window in self._windows.items():
+            tensors[f"window.{boundary}.{int(direction)}"] = window.v_HR
+            windows.append([boundary, int(direction), window.version, window.tokens, window.shares])
+        held_back = {"steps": steps, "gate": self.gate.state_dict()}
+        lists = {"bases": bases, "batches": batches, "windows": windows}
+        return Shard(tensors, {**meta, **held_back, **lists})
 
     def from_shard(self, shard: Shard) -> None:
         """Take up a saved state."""
@@ -300,6 +313,10 @@ class StageCompute:
         for columns in shard.meta["batches"]:
             number = columns["number"]
             self.add_batch(Batch(**columns, **select(shard.tensors, f"batch.{number}")))
+        for boundary, direction, version, tokens, shares in shard.meta["windows"]:
+            v_HR = shard.tensors[f"window.{boundary}.{direction}"].to(self.device)
+            pairs = [(float(share), int(n)) for share, n in shares]
+            self._windows[(boundary, Direction(direction))] = _Window(version, v_HR, tokens, pairs)
 
     # Inside ------------------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,9 @@ from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.messages import Decide, Mode, Order, Outcome
 from swarm_worker.schedule import Stamp
 
+# Why a tick was skipped, as the journal and the metrics say it.
+GATE, NONFINITE, NO_SIGNAL = "gate", "nonfinite", "no_signal"
+
 
 @dataclass(frozen=True)
 class LeadPlan:
@@ -59,7 +62,6 @@ class LeadState:
     scored: bool = False
     referenced: bool = False
     plan: list[tuple[int, int]] = field(default_factory=list)  # (pass, slice) still to come, in order
-    uses: int = 0  # passes begun over the current batch
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,26 +94,21 @@ class Lead:
         """The order to give to the sampler now, or None. With overlap one batch is generated while one is trained on."""
         s = self.state
         busy = s.current is not None and not self.plan.overlap
-        if self._stopping() or busy or self._ordered is not None or self._in_stock is not None or self.exhausted:
+        enough = 0 < self.plan.ticks <= s.tick + len(s.plan)  # the current batch reaches the last tick
+        if self._stopping() or busy or enough or self.exhausted:
+            return None
+        if self._ordered is not None or self._in_stock is not None:
             return None
         self._ordered = s.next_batch
         evaluate = self.plan.eval_every > 0 and s.next_batch % self.plan.eval_every == 0
         return Order(batch=s.next_batch, weight_version=s.published, generate=True, evaluate=evaluate)
 
-    def accept(self, stock: Stock) -> bool:
-        """Take a batch that arrived; False when its weights are too old: it is dropped, counted and ordered again.
-
-        Raises BadFrame for a batch that was not ordered.
-        """
+    def accept(self, stock: Stock) -> None:
+        """Take the batch that was ordered into stock. Raises BadFrame for any other."""
         if stock.batch != self._ordered:
             raise BadFrame(f"batch {stock.batch} arrived; ordered was {self._ordered}")
         self._ordered = None
-        age = self.state.tick - stock.weight_version
-        if age > self.plan.staleness_limit:
-            self.state.dropped += 1
-            return False
         self._in_stock = stock
-        return True
 
     def sampler_exhausted(self) -> None:
         """The sampler has no batch left (a replay file ended): finish what is there, then stop."""
@@ -126,14 +123,21 @@ class Lead:
     # Rounds ------------------------------------------------------------------------------------------------------------
 
     def next_batch(self, basis_held: int) -> Stock | None:
-        """Start on the batch in stock, pinning the newest basis that every stage has reported holding."""
+        """Start on the batch in stock, pinning the newest basis that every stage has reported holding.
+
+        A batch whose weights are older than the staleness limit at this first use is dropped, counted in `dropped`,
+        and will be ordered again with newer ones.
+        """
         s = self.state
         if s.current is not None or self._in_stock is None or self._stopping():
             return None
         stock, self._in_stock = self._in_stock, None
+        if s.tick - stock.weight_version > self.plan.staleness_limit:
+            s.dropped += 1
+            return None
         # Only now is the batch used up: one that waits in stock at a stop is drawn again after the resume.
         s.next_batch = stock.batch + 1
-        s.current, s.scored, s.referenced, s.uses = stock, False, False, 0
+        s.current, s.scored, s.referenced = stock, False, False
         s.basis_version = max(s.basis_version, basis_held)
         slices = range(len(stock.microbatches))
         passes = self.plan.max_reuse if stock.with_signal else 1
@@ -155,7 +159,6 @@ class Lead:
                 s.scored = True
                 return self._stamp(Mode.SCORE, 0, 0, everything)
         pass_, index = s.plan[0]
-        s.uses = pass_
         return self._stamp(Mode.TRAIN, pass_, index, s.current.microbatches[index])
 
     def _stamp(self, mode: Mode, pass_: int, index: int, microbatches: int) -> Stamp:
@@ -180,16 +183,16 @@ class Lead:
         """The outcome of a tick all stages have voted on; moves the state on. `coefficient` is the clip coefficient."""
         s = self.state
         if stamp.microbatches == 0:
-            outcome, reason = Outcome.SKIP, "no_signal"
+            outcome, reason = Outcome.SKIP, NO_SIGNAL
         elif not all(math.isfinite(n) for n in norms):
-            outcome, reason = Outcome.SKIP, "nonfinite"
+            outcome, reason = Outcome.SKIP, NONFINITE
         elif gated:
-            outcome, reason = Outcome.SKIP, "gate"
+            outcome, reason = Outcome.SKIP, GATE
         else:
             outcome, reason = Outcome.COMMIT, ""
         s.plan.pop(0)
-        if gated:
-            s.plan.clear()
+        if reason in (GATE, NONFINITE):
+            s.plan.clear()  # old log-probs from a score pass that met NaN would be no better than the gradient
         s.tick += 1
         s.step += outcome is Outcome.COMMIT
         s.lineage = lineage_hash(s.lineage, stamp.epoch, stamp.attempt, outcome)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swarm_core.errors import UserError
-from swarm_core.exits import BROKE
+from swarm_core.exits import BAD_INPUT, BROKE, INTERRUPTED
+from swarm_core.run_folder import ADDRESS_FILE, MANIFEST_FILE
 
-ADDRESS_FILE = "anchor_address"
 START_LIMIT_S = 300.0  # importing torch and calibrating on a loaded machine
-LEAVE_LIMIT_S = 120.0  # after a drain is asked for: one tick and a checkpoint
+LEAVE_LIMIT_S = 15.0  # for the last reports, once the anchor has gone
 LOG_TAIL_LINES = 15
 
 
@@ -37,17 +37,38 @@ def run_local(arguments: argparse.Namespace) -> int:
     anchor = _anchor_command(arguments)
     if arguments.dry_run:
         return subprocess.run([*anchor, "--dry-run"], check=False).returncode
-    if arguments.fresh and out.exists():
-        if not (out / "manifest.json").exists() and any(out.iterdir()):
-            raise UserError(f"--fresh would delete {out}, which does not look like a run folder: delete it yourself")
-        shutil.rmtree(out)
+    if arguments.fresh and arguments.resume:
+        raise UserError("--fresh deletes the run that --resume would continue: give one of them")
+    earlier = _set_aside(out) if arguments.fresh else None
     (out / "logs").mkdir(parents=True, exist_ok=True)
     (out / ADDRESS_FILE).unlink(missing_ok=True)
     swarm = LocalSwarm(out)
     try:
-        return swarm.run(anchor)
+        code = swarm.run(anchor)
     finally:
         swarm.kill()
+        if earlier is not None:
+            _drop_or_restore(earlier, out, started=swarm.started)
+    return code
+
+
+def _set_aside(out: Path) -> Path | None:
+    """Move an earlier run out of the way; it is deleted only once the new one has started."""
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    if not (out / MANIFEST_FILE).exists():
+        raise UserError(f"--fresh would delete {out}, which does not look like a run folder: delete it yourself")
+    earlier = out.with_name(f"{out.name}.earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
+    return out.rename(earlier)
+
+
+def _drop_or_restore(earlier: Path, out: Path, *, started: bool) -> None:
+    if started:
+        shutil.rmtree(earlier)
+        return
+    shutil.rmtree(out)
+    earlier.rename(out)
 
 
 def _anchor_command(arguments: argparse.Namespace) -> list[str]:
@@ -67,6 +88,7 @@ class LocalSwarm:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.children: list[Child] = []
+        self.started = False  # the anchor came up: the run file, the model and the data are sound
         self._interrupts = 0
 
     def run(self, anchor_command: list[str]) -> int:
@@ -77,7 +99,9 @@ class LocalSwarm:
         anchor = self._start("anchor", [*anchor_command, "--log", str(self.out / "logs" / "anchor.log")], terminal=True)
         address = self._await_address(anchor)
         if address is None:
-            return anchor.process.wait()
+            code = anchor.process.wait()
+            return code if code >= 0 else INTERRUPTED
+        self.started = True
         worker = [sys.executable, "-m", "swarm_worker.cli"]
         common = ["--anchor", address, "--out", str(self.out)]
         for stage in range(self._stages()):
@@ -86,7 +110,7 @@ class LocalSwarm:
         return self._watch()
 
     def _stages(self) -> int:
-        return len(json.loads((self.out / "manifest.json").read_text())["spans"])
+        return len(json.loads((self.out / MANIFEST_FILE).read_text())["spans"])
 
     def _start(self, name: str, command: list[str], *, terminal: bool = False) -> Child:
         log = self.out / "logs" / f"{name}.log"
@@ -117,31 +141,41 @@ class LocalSwarm:
         raise UserError(f"the anchor did not come up within {START_LIMIT_S:.0f} s; see {anchor.log}")
 
     def _watch(self) -> int:
-        """0 when all ended well; the first child that ends badly decides otherwise."""
-        while True:
-            for child in self.children:
-                code = child.process.poll()
-                if code not in (None, 0):
-                    return self._died(child, code)
-            if self.children[0].process.poll() == 0:
-                return self._await_rest()
+        """0 when all ended well; otherwise the child that ends badly is reported."""
+        while self.children[0].process.poll() is None:
+            if any(child.process.poll() not in (None, 0) for child in self.children):
+                time.sleep(1.0)  # neighbours fail within the same moments: let them, to find the one that began
+                break
             time.sleep(0.1)
+        else:
+            self._await_rest()
+        ended = [(child, child.process.poll()) for child in self.children]
+        bad = [(child, code) for child, code in ended if code not in (None, 0)]
+        return self._report(bad) if bad else 0
 
-    def _await_rest(self) -> int:
-        deadline = time.monotonic() + 15.0
-        for child in self.children[1:]:
-            try:
-                code = child.process.wait(timeout=max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                print(f"swarm_worker local: {child.name} did not leave, ended by force", file=sys.stderr)
-                continue
-            if code != 0:
-                return self._died(child, code)
-        return 0
+    def _await_rest(self) -> None:
+        """The anchor has sent everybody home; a child that had not even joined has no one left to join."""
+        deadline = time.monotonic() + LEAVE_LIMIT_S
+        while time.monotonic() < deadline and any(child.process.poll() is None for child in self.children):
+            if self._interrupts:
+                deadline = min(deadline, time.monotonic() + 3.0)
+            time.sleep(0.05)
+        for child in self.children:
+            if child.process.poll() is None:
+                child.process.kill()
+                child.process.wait()
+                child.process.returncode = 0
+                if not self._interrupts:
+                    print(f"swarm_worker local: {child.name} did not leave, ended by force", file=sys.stderr)
 
-    def _died(self, child: Child, code: int) -> int:
-        # The one that failed first may not be the one seen first: neighbours fail within the same moments.
-        time.sleep(1.0)
+    def _report(self, bad: list[tuple[Child, int]]) -> int:
+        """Show the end of the log of the one that failed first, as far as can be told. Returns the exit code."""
+
+        def suspicion(entry: tuple[Child, int]) -> tuple[int, int]:
+            child, code = entry  # killed, then refused, then broken; a stage before the anchor that only saw it go
+            return (0 if code < 0 else 1 if code == BAD_INPUT else 2, child.name == "anchor")
+
+        child, code = min(bad, key=suspicion)
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         print(f"swarm_worker local: {child.name} ended with {how}. The end of {child.log}:", file=sys.stderr)
         for line in child.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,10 @@ from codec.basis import Basis
 from codec.errors import CodecError
 from codec.spec import Direction
 from swarm_core.manifest import Manifest, read_manifest
-from swarm_core.wire.errors import BadFrame, ManifestMismatch
+from swarm_core.wire.errors import BadFrame, ManifestMismatch, PeerLost
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
-from swarm_core.wire.messages import BasisSet, FrameKind, Hello, Welcome, from_bytes, to_bytes
+from swarm_core.wire.messages import BasisSet, FrameKind, Hello, Start, Stop, Welcome, from_bytes, to_bytes
 from swarm_core.wire.streams import Dialled, dial
 
 ANCHOR_LIMITS = {FrameKind.BASIS: 1 << 30, FrameKind.WELCOME: 4 << 20}
@@ -57,9 +58,34 @@ async def join(address: str, method: str, hello: Hello, ledger: Ledger, wait_s: 
     return Membership(anchor, manifest, welcome.manifest_digest)
 
 
-def read_bases(message: BasisSet, manifest: Manifest) -> dict[tuple[int, Direction], Basis]:
-    """The bases in a BASIS frame, checked against the manifest before they are used. Raises BadFrame."""
+async def await_start(membership: Membership, take_bases: Callable[[BasisSet], None]) -> Start | None:
+    """Wait until the anchor starts the run, taking the bases that come first; None when it ends before it began."""
+    while (frame := await membership.anchor.receive()) is not None:
+        match frame.header.kind:
+            case FrameKind.BASIS:
+                take_bases(from_bytes(BasisSet, frame.payload))
+            case FrameKind.START:
+                start = from_bytes(Start, frame.payload)
+                if len(start.stage_addresses) != membership.manifest.stages:
+                    raise BadFrame(f"START names {len(start.stage_addresses)} stages, not {membership.manifest.stages}")
+                return start
+            case FrameKind.STOP:
+                log.info("the run ended before it began: %s", from_bytes(Stop, frame.payload).reason)
+                await membership.anchor.finish()
+                return None
+            case kind:
+                raise BadFrame(f"the anchor sent {kind.name} before the start")
+    raise PeerLost("the anchor closed the stream before the start")
+
+
+def read_bases(message: BasisSet, manifest: Manifest, stage: int | None = None) -> dict[tuple[int, Direction], Basis]:
+    """The bases in a BASIS frame, checked against the manifest before they are used. Raises BadFrame.
+
+    All boundaries next to `stage` must be there; None: all of them.
+    """
     spec = manifest.link()
+    near = [b for b in range(manifest.boundaries) if stage is None or b in (stage - 1, stage)]
+    wanted = {(b, d) for b in near for d in Direction if spec.basis_direction(d) is d}
     bases = {}
     for matrix in message.matrices:
         if matrix.direction not in (0, 1) or not 0 <= matrix.boundary < manifest.boundaries:
@@ -76,4 +102,6 @@ def read_bases(message: BasisSet, manifest: Manifest) -> dict[tuple[int, Directi
             bases[(matrix.boundary, direction)] = Basis(message.version, q_HR)
         except CodecError as error:
             raise BadFrame(f"basis version {message.version} of boundary {matrix.boundary}: {error}") from None
+    if set(bases) != wanted:
+        raise BadFrame(f"basis version {message.version} holds {sorted(bases)}, wanted {sorted(wanted)}")
     return bases

@@ -83,7 +83,10 @@ class VoteCame:
 
 @dataclass(frozen=True)
 class Decided:
+    """Stage 0 has decided; `key` is the tick's. A HOLD is about no tick."""
+
     decide: Decide
+    key: tuple[int, int, int, Mode, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -194,8 +197,8 @@ class Schedule:
                 self._note(r.gradients, microbatch, sent, key, "gradient")
             case VoteCame(key):
                 self._vote_came(self._find(key))
-            case Decided(decide):
-                self._decided(decide)
+            case Decided(decide, key):
+                self._decided(decide, key)
             case Computed():
                 commands += self._computed()
             case Sent():
@@ -243,14 +246,14 @@ class Schedule:
             raise ProtocolError(f"the vote on round {r.stamp.key} came twice")
         r.downstream_voted = True
 
-    def _decided(self, decide: Decide) -> None:
+    def _decided(self, decide: Decide, key: tuple[int, int, int, Mode, int] | None) -> None:
         if decide.outcome not in (Outcome.HOLD, Outcome.COMMIT, Outcome.SKIP):
             raise ProtocolError(f"outcome {decide.outcome} came; a stage knows how to hold, commit and skip")
         if decide.outcome == Outcome.HOLD:
             self._rounds.append(_Round(Stamp(), tallied=True, voted=True, decide=decide))
             return
         for r in self._rounds:
-            if r.voted and r.decide is None:
+            if r.voted and r.decide is None and (key is None or r.stamp.key == key):
                 r.decide = decide
                 return
         raise ProtocolError(f"{Outcome(decide.outcome).name} came, but no tick of stage {self.stage} has voted")

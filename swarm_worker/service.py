@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from swarm_core.wire.errors import BadFrame, ManifestMismatch
-from swarm_core.wire.frames import MAX_MESSAGE_BYTES, Frame, Header
+from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
     PROTOCOL,
@@ -42,7 +42,6 @@ class StageService:
         self._on_rollouts = on_rollouts
         self._known = asyncio.Event()
         self._digest = ""
-        self._above_limits: dict[FrameKind, int] = {}
         self._weights: dict[int, dict[str, Tensor]] = {}
         self._published = asyncio.Condition()
         self._order: Order | None = None  # not yet given to anybody
@@ -51,10 +50,9 @@ class StageService:
         self._order_lock = asyncio.Lock()
         self.server = Server("Stage", {"Link": self._link, "Feed": self._feed}, ledger)
 
-    def open(self, manifest_digest: str, largest_activation: int = MAX_MESSAGE_BYTES) -> None:
-        """From now on streams are answered; before, they wait. An activation may have that many bytes at most."""
+    def open(self, manifest_digest: str) -> None:
+        """From now on streams are answered; before, they wait."""
         self._digest = manifest_digest
-        self._above_limits = {FrameKind.ACTIVATION: largest_activation, FrameKind.BATCH: ROLLOUT_LIMIT}
         self._known.set()
 
     async def _greet(self, stream: FrameStream) -> Hello:
@@ -71,7 +69,7 @@ class StageService:
         hello = await self._greet(stream)
         if hello.stage != self.stage - 1:
             raise BadFrame(f"stage {hello.stage} dialled stage {self.stage}; only stage {self.stage - 1} may")
-        stream.name(f"stage{hello.stage}-stage{self.stage}", "up", self._above_limits)
+        stream.name(f"stage{hello.stage}-stage{self.stage}", "up")
         stream.peer = f"stage {hello.stage}"
         await stream.send(Frame(Header(FrameKind.WELCOME), to_bytes(Welcome(manifest_digest=self._digest))))
         await self._on_link(stream)

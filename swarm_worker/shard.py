@@ -47,6 +47,9 @@ def write_shard(path: Path, shard: Shard) -> tuple[str, int]:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = os.fstat(file.fileno()).st_size
     temporary.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
     return digest, size
 
 

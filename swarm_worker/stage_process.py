@@ -12,9 +12,12 @@ from pathlib import Path
 
 import torch
 
+from codec.basis import Basis
 from codec.spec import Direction
+from swarm_core.errors import UserError
 from swarm_core.models.architecture import fingerprint, resolve
-from swarm_core.wire.errors import PeerLost
+from swarm_core.run_folder import CHECKPOINTS, JOURNAL_FILE, RECORD_FILE
+from swarm_core.wire.errors import Refused
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
@@ -22,24 +25,26 @@ from swarm_core.wire.messages import (
     FrameKind,
     Hello,
     Ready,
-    Report,
+    Rollouts,
+    Saved,
     Start,
     Stop,
     Welcome,
     from_bytes,
     to_bytes,
 )
-from swarm_core.wire.streams import Dialled, FrameStream, dial
+from swarm_core.wire.streams import Dialled, FrameStream, dial, dialable
 from swarm_worker.compute import StageCompute
 from swarm_worker.device import pick_device
+from swarm_worker.headers import Position
 from swarm_worker.journal import Journal
 from swarm_worker.lead import LeadState
-from swarm_worker.leader import Leader
-from swarm_worker.membership import Membership, join, read_bases
+from swarm_worker.membership import Membership, await_start, join, read_bases
 from swarm_worker.sampler.replay import ReplayWriter, cut_record
 from swarm_worker.service import StageService
 from swarm_worker.shard import Shard, ShardError, read_shard, shard_name
-from swarm_worker.worker import Position, StageWorker
+from swarm_worker.stage_zero import StageZero
+from swarm_worker.worker import StageWorker
 
 log = logging.getLogger(__name__)
 NEIGHBOUR_WAIT_S = 60.0  # neighbours were told to start together; a minute covers a slow link's handshake
@@ -76,35 +81,38 @@ class StageProcess:
         self.ledger = Ledger()
         self.worker: StageWorker | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
-        self._link_may_start = asyncio.Event()
         self.service = StageService(arguments.stage, self.ledger, self._serve_above, self._take_rollouts)
 
     async def run(self) -> None:
         """Join, work until the run ends, leave. Raises typed errors with one readable line."""
         a = self.arguments
-        below = None
+        membership, below = None, None
         try:
             address = await self.service.server.start(a.listen)
-            hello = Hello(role="stage", stage=a.stage, address=a.advertise or address, manifest_digest=a.expect_digest)
+            hello = Hello(role="stage", stage=a.stage, address=a.advertise or dialable(address))
+            hello.manifest_digest = a.expect_digest
             membership = await join(a.anchor, "Anchor/Attend", hello, self.ledger, a.wait_s, f"anchor-stage{a.stage}")
             compute = await self._load(membership)
-            start = await self._await_start(membership, compute)
+            start = await await_start(membership, lambda m: compute.add_bases(m.version, self._bases(membership, m)))
+            if start is None:
+                return
             below = await self._dial_below(membership, start)
-            self._assemble(membership, compute, start)
-            assert self.worker is not None
+            self.worker = await self._assemble(membership, compute, start, below)
             if self._signals:
                 self._on_signals(membership.anchor, self.worker.fail)
             self.worker.spawn(self.worker.read_anchor(membership.anchor))
-            self._link_may_start.set()
-            log.info("the run is over: %s", await self.worker.run(below))
-            tick = self.worker.position.tick
-            await membership.anchor.send_report(Report(type="ledger", tick=tick), tick)
+            self.service.open(membership.digest)
+            log.info("the run is over: %s", await self.worker.run())
             await membership.anchor.finish()
         finally:
-            if below is not None:
-                await below.close()
+            for stream in (below, membership.anchor if membership is not None else None):
+                if stream is not None:
+                    await stream.close()
             await self.service.server.stop()
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _bases(self, membership: Membership, message: BasisSet) -> dict[tuple[int, Direction], Basis]:
+        return read_bases(message, membership.manifest, self.arguments.stage)
 
     async def _load(self, membership: Membership) -> StageCompute:
         config = membership.manifest.config
@@ -132,52 +140,40 @@ class StageProcess:
         await membership.anchor.send(Frame(Header(FrameKind.READY, membership.run), to_bytes(ready)))
         return compute
 
-    async def _await_start(self, membership: Membership, compute: StageCompute) -> Start:
-        while True:
-            frame = await membership.anchor.receive()
-            if frame is None:
-                raise PeerLost("the anchor closed the stream before the start")
-            if frame.header.kind is FrameKind.BASIS:
-                message = from_bytes(BasisSet, frame.payload)
-                compute.add_bases(message.version, read_bases(message, membership.manifest))
-            elif frame.header.kind is FrameKind.STOP:
-                raise PeerLost(f"the anchor ended the run before it began: {from_bytes(Stop, frame.payload).reason}")
-            else:
-                return from_bytes(Start, frame.payload)
-
     async def _dial_below(self, membership: Membership, start: Start) -> Dialled | None:
+        """The link to the next stage. It answers once its own link is up, so the chain closes from the last stage on."""
         stage = self.arguments.stage
-        self.service.open(membership.digest, membership.manifest.largest_packet(Direction.FORWARD))
         if stage + 1 == membership.manifest.stages:
             return None
         address = start.stage_addresses[stage + 1]
-        limits = {FrameKind.GRADIENT: membership.manifest.largest_packet(Direction.BACKWARD)}
         below = await dial(address, "Stage/Link", self.ledger, f"stage {stage + 1}", NEIGHBOUR_WAIT_S)
-        below.name(f"stage{stage}-stage{stage + 1}", "down", limits)
+        below.name(f"stage{stage}-stage{stage + 1}", "down")
         hello = Hello(role="link", stage=stage, manifest_digest=membership.digest)
         await below.send(Frame(Header(FrameKind.HELLO, membership.run), to_bytes(hello)))
         from_bytes(Welcome, (await below.expect(FrameKind.WELCOME)).payload)
         return below
 
-    def _assemble(self, membership: Membership, compute: StageCompute, start: Start) -> None:
+    async def _assemble(
+        self, membership: Membership, compute: StageCompute, start: Start, below: Dialled | None
+    ) -> StageWorker:
         a = self.arguments
-        state, position = LeadState(epoch=start.epoch), Position(epoch=start.epoch)
+        state, position, saved = LeadState(epoch=start.epoch), Position(epoch=start.epoch), None
+        stats: dict[int, dict[str, float]] = {}
         if start.checkpoint:
-            shard = self._read_shard(membership, start)
-            compute.from_shard(shard)
+            loop = asyncio.get_running_loop()
+            shard = await loop.run_in_executor(self._thread, self._read_shard, membership, start)
+            await loop.run_in_executor(self._thread, compute.from_shard, shard)
             position = Position(int(shard.meta["tick"]), int(shard.meta["lineage"]), start.epoch)
             if a.stage == 0:
-                state = LeadState.from_json(shard.meta["lead"])
+                state = LeadState.from_json(shard.meta["stage_zero"]["lead"])
+                stats = {int(batch): values for batch, values in shard.meta["stage_zero"]["stats"].items()}
                 state.epoch, state.published = start.epoch, position.tick
+            file = shard_name(a.stage, membership.manifest.stages)
+            saved = Saved(position.tick, start.checkpoint, file, start.shard_digests[a.stage])
             compute.publish(position.tick)
             self.service.offer(position.tick, compute.published[position.tick])
             log.info("continuing at tick %d from %s", position.tick, start.checkpoint)
-        leader = None
-        if a.stage == 0:
-            journal = Journal(a.out / "journal.jsonl", position.tick)
-            record = self._open_record(membership, state.next_batch)
-            leader = Leader(membership.manifest, compute.loss_spec, compute.dtype, journal, state, record)
-        self.worker = StageWorker(
+        return StageWorker(
             membership.manifest,
             membership.digest,
             membership.run,
@@ -185,23 +181,39 @@ class StageProcess:
             self._thread,
             self.service,
             membership.anchor,
+            below,
             position,
-            leader,
+            self._stage_zero(membership, compute, state, stats) if a.stage == 0 else None,
             a.out,
+            saved,
         )
+
+    def _stage_zero(
+        self,
+        membership: Membership,
+        compute: StageCompute,
+        state: LeadState,
+        stats: dict[int, dict[str, float]],
+    ) -> StageZero:
+        path = self.arguments.out / JOURNAL_FILE
+        if state.tick == 0 and path.exists() and path.read_text().strip():
+            raise UserError(f"{path} belongs to an earlier run: give this worker another --out, or resume that run")
+        journal = Journal(path, state.tick)
+        record = self._open_record(membership, state.next_batch)
+        return StageZero(membership.manifest, compute.loss_spec, compute.dtype, journal, state, record, stats)
 
     def _open_record(self, membership: Membership, next_batch: int) -> ReplayWriter | None:
         config = membership.manifest.config
         if not config.sampler.record:
             return None
-        path = self.arguments.out / "rollouts.jsonl"
+        path = self.arguments.out / RECORD_FILE
         cut_record(path, next_batch)  # batches after the checkpoint will be drawn again
         return ReplayWriter(path, config.grpo.completions_per_prompt, config.grpo.prompts_per_batch)
 
     def _read_shard(self, membership: Membership, start: Start) -> Shard:
         a = self.arguments
         name = shard_name(a.stage, membership.manifest.stages)
-        path = a.out / "checkpoints" / start.checkpoint / name
+        path = a.out / CHECKPOINTS / start.checkpoint / name
         shard = read_shard(path, start.shard_digests.get(a.stage, ""))
         if shard.meta.get("manifest_digest") != membership.digest:
             raise ShardError(
@@ -211,13 +223,18 @@ class StageProcess:
         return shard
 
     async def _serve_above(self, stream: FrameStream) -> None:
-        await self._link_may_start.wait()
-        assert self.worker is not None
+        assert self.worker is not None, "the service opens after the worker stands"
         await self.worker.serve_above(stream)
 
-    def _take_rollouts(self, message: object) -> None:
-        assert self.worker is not None
-        self.worker.take_rollouts(message)  # type: ignore[arg-type]
+    def _take_rollouts(self, message: Rollouts) -> None:
+        assert self.worker is not None, "the service opens after the worker stands"
+        try:
+            self.worker.take_rollouts(message)
+        except Refused:
+            raise  # the sampler's fault, and it is told
+        except Exception as error:
+            self.worker.fail(error)
+            raise
 
     def _on_signals(self, anchor: FrameStream, fail: Callable[[BaseException], None]) -> None:
         """SIGTERM or SIGINT: ask for the end of the run after this tick; a second one ends this process at once."""

@@ -2,7 +2,8 @@
 
 One asyncio thread moves frames and decides; one compute thread moves tensors. Neither waits for the other: what is to
 be sent is posted to an outbox, what is to be computed is handed to the compute thread, and both come back as events.
-Joining and starting are in stage_process.py; what stage 0 leads is in leader.py.
+Joining and starting are in stage_process.py; what stage 0 decides is in
+stage_zero.py.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from codec.errors import CodecError
+from codec.spec import Direction
 from swarm_core.learning.errors import LearningError
 from swarm_core.manifest import Manifest
-from swarm_core.wire.errors import BadFrame, ManifestMismatch, PeerLost, StaleEpoch
-from swarm_core.wire.frames import Frame, Header
+from swarm_core.run_folder import CHECKPOINTS, checkpoint_name
+from swarm_core.wire.errors import BadFrame, PeerLost
+from swarm_core.wire.frames import Frame, Header, address_of
 from swarm_core.wire.messages import (
     BasisMatrix,
     BasisSet,
@@ -41,12 +45,12 @@ from swarm_core.wire.messages import (
     from_bytes,
     to_bytes,
 )
+from swarm_core.wire.outbox import Outbox
 from swarm_core.wire.rollouts import batch_data, read_batch, read_rollouts
 from swarm_core.wire.streams import FrameStream
+from swarm_worker.admission import Admission
 from swarm_worker.compute import Packet, SketchOut, StageCompute, Tally
-from swarm_worker.lead import lineage_hash
-from swarm_worker.leader import Leader
-from swarm_worker.links import Outbox
+from swarm_worker.headers import Position, header_of, key
 from swarm_worker.membership import read_bases
 from swarm_worker.schedule import (
     ActivationCame,
@@ -66,6 +70,7 @@ from swarm_worker.schedule import (
 )
 from swarm_worker.service import StageService
 from swarm_worker.shard import shard_name, write_shard
+from swarm_worker.stage_zero import StageZero
 
 log = logging.getLogger(__name__)
 WATCH_S = 30.0  # a tick of a large model over a slow link can take this long; nothing is decided by it
@@ -73,19 +78,12 @@ Key = tuple[tuple[int, int, int, Mode, int], int, FrameKind]
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where this stage stands in the history of the run."""
+class _Applied:
+    """What came of a decision."""
 
-    tick: int = 0
-    lineage: int = 0
-    epoch: int = 1
-
-    def after(self, stamp: Stamp, decide: Decide) -> Position:
-        """The position once this decision is applied."""
-        if decide.outcome == Outcome.HOLD:
-            return self
-        lineage = lineage_hash(stamp.lineage, stamp.epoch, stamp.attempt, Outcome(decide.outcome))
-        return Position(stamp.tick + 1, lineage, self.epoch)
+    position: Position
+    sketches: list[SketchOut]
+    saved: Saved | None
 
 
 class StageWorker:
@@ -100,22 +98,27 @@ class StageWorker:
         compute_thread: ThreadPoolExecutor,
         service: StageService,
         anchor: FrameStream,
+        below: FrameStream | None,
         position: Position,
-        leader: Leader | None,
+        zero: StageZero | None,
         out: Path,
+        saved: Saved | None,
     ) -> None:
+        """`saved` is the shard a resumed run started from."""
         self.manifest, self.digest, self.run_id = manifest, digest, run
         self.compute = compute
         self.span = compute.span
         self.service = service
         self.position = position
-        self.leader = leader
+        self.zero = zero
         self.out = out
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.schedule = Schedule(self.span.stage, self.span.stages)
         self.anchor = Outbox(anchor)
         self.above: Outbox | None = None
-        self.below: Outbox | None = None
+        self.below = Outbox(below) if below is not None else None
+        self.admission = Admission(self.span.stage, run, compute.link, position, compute.batches)
+        self._saved = saved
         self._thread = compute_thread
         self._deliveries: deque[Callable[[], None]] = deque()
         self._payloads: dict[Key, memoryview | bytes] = {}
@@ -126,7 +129,6 @@ class StageWorker:
         self._round_active = False
         self._finished = False  # the last decision has been applied
         self._basis_held = compute.newest_basis  # the newest version that every stage has voted to hold
-        self._next_lineage = position.lineage  # of the round after the last decision that arrived
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy_s = 0.0
         self._vote_at = time.monotonic()
@@ -150,17 +152,20 @@ class StageWorker:
         if not self.over.done():
             self.over.set_exception(error)
 
-    async def run(self, below: FrameStream | None) -> str:
+    async def run(self) -> str:
         """Work until STOP; returns its reason. Raises what broke."""
         self.spawn(self.anchor.run())
         self.spawn(self.watch())
-        if below is not None:
-            self.below = Outbox(below)
+        if self.below is not None:
+            self.below.stream.bound(partial(self.admission.largest, Direction.BACKWARD))
             self.spawn(self.below.run())
-            self.spawn(self._read_below(below))
+            self.spawn(self._read_below(self.below.stream))
         self._advance()
         try:
-            return await self.over
+            reason = await self.over
+            self.anchor.post_report(Report(type="ledger", tick=self.position.tick))
+            await self.anchor.flush()
+            return reason
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -175,7 +180,10 @@ class StageWorker:
 
     async def serve_above(self, stream: FrameStream) -> None:
         """The link of the stage before, for as long as it lasts (called by the service)."""
+        if self.above is not None:
+            raise BadFrame(f"stage {self.span.stage} has a link from stage {self.span.stage - 1} already")
         self.above = Outbox(stream)
+        stream.bound(partial(self.admission.largest, Direction.FORWARD))
         self.spawn(self.above.run())
         try:
             while (frame := await stream.receive()) is not None:
@@ -202,44 +210,40 @@ class StageWorker:
 
     # Frames in ---------------------------------------------------------------------------------------------------------
 
-    def _check(self, header: Header) -> None:
-        if header.run != self.run_id:
-            raise ManifestMismatch(f"a frame of run {header.run:016x} arrived in run {self.run_id:016x}")
-        if header.epoch != self.position.epoch:
-            raise StaleEpoch(f"a frame of epoch {header.epoch} arrived in epoch {self.position.epoch}")
-
     async def _from_above(self, frame: Frame) -> None:
-        self._check(frame.header)
+        self.admission.check(frame.header)
         match frame.header.kind:
             case FrameKind.ACTIVATION:
                 await self._room.acquire()
-                self._payloads[(_key(frame.header), frame.header.microbatch, FrameKind.ACTIVATION)] = frame.payload
-                self.drive(ActivationCame(_key(frame.header), frame.header.microbatch))
+                self._payloads[(key(frame.header), frame.header.microbatch, FrameKind.ACTIVATION)] = frame.payload
+                self.drive(ActivationCame(key(frame.header), frame.header.microbatch))
             case FrameKind.BATCH:
                 self._post_below(frame)
                 data = from_bytes(BatchData, frame.payload)
                 size = self.manifest.config.swarm.microbatch_size
-                self._deliver(partial(self.compute.add_batch, read_batch(data, size, self.manifest.vocab)))
+                batch = read_batch(data, size, self.manifest.vocab)
+                self.admission.batches[batch.number] = batch
+                self._deliver(partial(self.compute.add_batch, batch))
             case FrameKind.BEGIN:
                 self._post_below(frame)
-                self.drive(Begun(self._stamp(frame)))
+                self.drive(Begun(self.admission.stamp(frame)))
             case FrameKind.DECIDE:
                 self._post_below(frame)
                 decide = from_bytes(Decide, frame.payload)
-                self.drive(Decided(decide))
-                self._next_lineage = self.position.after(_identity(frame.header), decide).lineage
+                self.drive(Decided(decide, key(frame.header)))
+                self.admission.decided(frame.header, decide)
             case kind:
                 raise BadFrame(f"stage {self.span.stage - 1} sent {kind.name} down the link")
 
     def _from_below(self, frame: Frame) -> None:
-        self._check(frame.header)
+        self.admission.check(frame.header)
         match frame.header.kind:
             case FrameKind.GRADIENT:
-                self._payloads[(_key(frame.header), frame.header.microbatch, FrameKind.GRADIENT)] = frame.payload
-                self.drive(GradientCame(_key(frame.header), frame.header.microbatch))
+                self._payloads[(key(frame.header), frame.header.microbatch, FrameKind.GRADIENT)] = frame.payload
+                self.drive(GradientCame(key(frame.header), frame.header.microbatch))
             case FrameKind.VOTE:
                 self._downstream = from_bytes(Vote, frame.payload)
-                self.drive(VoteCame(_key(frame.header)))
+                self.drive(VoteCame(key(frame.header)))
             case kind:
                 raise BadFrame(f"stage {self.span.stage + 1} sent {kind.name} up the link")
 
@@ -249,7 +253,7 @@ class StageWorker:
             match frame.header.kind:
                 case FrameKind.BASIS:
                     message = from_bytes(BasisSet, frame.payload)
-                    bases = read_bases(message, self.manifest)
+                    bases = read_bases(message, self.manifest, self.span.stage)
                     self._deliver(partial(self.compute.add_bases, message.version, bases))
                 case FrameKind.STOP:
                     stop = from_bytes(Stop, frame.payload)
@@ -265,24 +269,22 @@ class StageWorker:
         if stop.now:
             if not self.over.done():
                 self.over.set_result(stop.reason)
-        elif self.leader is not None:
+        elif self.zero is not None:
             log.info("stopping after this tick: %s", stop.reason)
-            self.leader.lead.stop_requested = True
+            self.zero.lead.stop_requested = True
             self._advance()
 
     def take_rollouts(self, message: Rollouts) -> None:
         """What a sampler delivered (stage 0)."""
-        if self.leader is None:
+        if self.zero is None:
             raise BadFrame(f"rollouts came to stage {self.span.stage}; only stage 0 takes them")
         if message.exhausted:
-            self.leader.lead.sampler_exhausted()
+            self.zero.lead.sampler_exhausted()
         else:
             try:
-                event = self.leader.take_rollouts(read_rollouts(message, self.manifest.vocab))
+                self.zero.take_rollouts(read_rollouts(message, self.manifest.vocab))
             except LearningError as error:
                 raise BadFrame(str(error)) from None
-            if event is not None:
-                self._report(event)
         self._advance()
 
     # The schedule ------------------------------------------------------------------------------------------------------
@@ -298,13 +300,12 @@ class StageWorker:
                     self._cast_vote(stamp)
                 case Finished():
                     self._round_active = False
-        if self.leader is not None and self.schedule.idle:
+        if self.zero is not None and self.schedule.idle:
             self._advance()
 
     async def _compute(self, command: Compute) -> None:
-        started = time.monotonic()
-        result = await asyncio.get_running_loop().run_in_executor(self._thread, self._work, command)
-        self._busy_s += time.monotonic() - started
+        result, busy_s = await asyncio.get_running_loop().run_in_executor(self._thread, self._timed, command)
+        self._busy_s += busy_s
         stamp = command.stamp
         match command.op:
             case Op.FORWARD | Op.SCORE | Op.LOSS | Op.BACKWARD:
@@ -316,17 +317,29 @@ class StageWorker:
                 self._tally = result
             case Op.APPLY:
                 assert command.decide is not None
-                await self._applied(stamp, command.decide, *result)
+                await self._applied(stamp, command.decide, result)
         self.drive(Computed())
 
     def _deliver(self, take_in: Callable[[], None]) -> None:
         """Give the compute thread something to take in before its next piece of work: only it touches its state."""
         self._deliveries.append(take_in)
 
+    def _timed(self, command: Compute) -> tuple[Any, float]:
+        """On the compute thread, so that waking the two threads counts as waiting."""
+        started = time.monotonic()
+        return self._work(command), time.monotonic() - started
+
     def _work(self, command: Compute) -> Any:
         """On the compute thread."""
         while self._deliveries:
             self._deliveries.popleft()()
+        try:
+            return self._do(command)
+        except CodecError as error:
+            where = f"stage {self.span.stage}, {command.op.value} of tick {command.stamp.tick}"
+            raise BadFrame(f"{where}, microbatch {command.microbatch}: {error}") from None
+
+    def _do(self, command: Compute) -> Any:
         stamp, microbatch = command.stamp, command.microbatch
         match command.op:
             case Op.FORWARD:
@@ -348,45 +361,47 @@ class StageWorker:
     def _take(self, stamp: Stamp, microbatch: int, kind: FrameKind) -> memoryview | bytes | None:
         return self._payloads.pop((stamp.key, microbatch, kind), None)
 
-    def _apply(self, stamp: Stamp, decide: Decide) -> tuple[Position, list[SketchOut], Saved | None]:
+    def _apply(self, stamp: Stamp, decide: Decide) -> _Applied:
         sketches = self.compute.apply(stamp, decide)
         position = self.position.after(stamp, decide)
         if decide.publish:
             self.compute.publish(position.tick)
-        return position, sketches, self._save(position) if decide.checkpoint else None
+        return _Applied(position, sketches, self._save(position) if decide.checkpoint else None)
 
     def _save(self, position: Position) -> Saved:
-        name = f"tick-{position.tick:08d}"
+        if self._saved is not None and self._saved.tick == position.tick:
+            return self._saved  # a stop right after a checkpoint: rewriting would tear a complete one
+        name = checkpoint_name(position.tick)
         file = shard_name(self.span.stage, self.span.stages)
         meta = {
             "manifest_digest": self.digest,
             "tick": position.tick,
             "lineage": position.lineage,
-            "lead": self.leader.state() if self.leader is not None else None,
+            "stage_zero": self.zero.state() if self.zero is not None else None,
         }
-        digest, size = write_shard(self.out / "checkpoints" / name / file, self.compute.to_shard(meta))
-        return Saved(position.tick, name, file, digest, size)
+        digest, size = write_shard(self.out / CHECKPOINTS / name / file, self.compute.to_shard(meta))
+        self._saved = Saved(position.tick, name, file, digest, size)
+        return self._saved
 
-    async def _applied(
-        self, stamp: Stamp, decide: Decide, position: Position, sketches: list[SketchOut], saved: Saved | None
-    ) -> None:
-        self.position = position
+    async def _applied(self, stamp: Stamp, decide: Decide, done: _Applied) -> None:
+        self.position = done.position
         self._finished = decide.stop
-        tick = position.tick
+        tick = done.position.tick
+        if decide.end_of_batch:
+            self.admission.ended(stamp.batch)
         if decide.publish:
             await self.service.publish(tick, self.compute.published[tick], set(self.compute.published))
-        for sketch in sketches:
+        for sketch in done.sketches:
             values = sketch.v_HR.contiguous().numpy().tobytes()
             rows, columns = sketch.v_HR.shape
             matrix = BasisMatrix(sketch.boundary, int(sketch.direction), rows, columns, values)
             message = Sketch(sketch.version, stamp.tick, sketch.tokens, matrix, sketch.captured_share)
             self.anchor.post(Frame(Header(FrameKind.SKETCH, self.run_id, tick=stamp.tick), to_bytes(message)))
-        if saved is not None:
-            self.anchor.post(Frame(Header(FrameKind.SAVED, self.run_id, tick=tick), to_bytes(saved)))
-        counted_at = tick if decide.outcome == Outcome.HOLD else stamp.tick
-        self.spawn(self.anchor.stream.send_report(Report(type="ledger", tick=counted_at), counted_at))
-        if decide.stop and self.leader is not None:
-            report, order = self.leader.ending()
+        if done.saved is not None:
+            self.anchor.post(Frame(Header(FrameKind.SAVED, self.run_id, tick=tick), to_bytes(done.saved)))
+        self.anchor.post_report(Report(type="ledger", tick=tick if decide.outcome == Outcome.HOLD else stamp.tick))
+        if decide.stop and self.zero is not None:
+            report, order = self.zero.ending()
             self._report(report)
             if order is not None:
                 await self.service.order(order)
@@ -401,95 +416,68 @@ class StageWorker:
         numbers[f"busy_s/stage_{self.span.stage}"] = self._busy_s
         numbers[f"wait_s/stage_{self.span.stage}"] = max(0.0, wall - self._busy_s)
         self._busy_s = 0.0
-        own = StageVote(self.span.stage, True, self.compute.newest_basis, self._tally.norms, numbers)
+        own = StageVote(self.span.stage, self._tally.sound, self.compute.newest_basis, self._tally.norms, numbers)
         down = self._downstream or Vote()
         vote = Vote([own, *down.votes], self._tally.gated or down.gated)
         self._tally, self._downstream = None, None
-        if self.leader is None:
+        if self.zero is None:
             assert self.above is not None
-            self.above.post(Frame(self._header(FrameKind.VOTE, stamp), to_bytes(vote)))
+            header = header_of(FrameKind.VOTE, self.run_id, stamp, self.span.stage - 1)
+            self.above.post(Frame(header, to_bytes(vote)))
             return
         self._basis_held = min(v.basis_held for v in vote.votes)
-        batch = self.compute.batches[stamp.batch]
+        batch = self.admission.batches[stamp.batch]
         tokens = sum(batch.layout(stamp.slice, i).tokens for i in range(stamp.microbatches))
-        decide, row = self.leader.decide(stamp, vote.votes, vote.gated, tokens)
+        decide, row = self.zero.decide(stamp, vote.votes, vote.gated, tokens)
         self._send_decision(stamp, decide)
         self._report(row)
 
     def _send_decision(self, stamp: Stamp, decide: Decide) -> None:
         self._round_active = True  # until it is applied
-        if self.below is not None:
-            self.below.post(Frame(self._header(FrameKind.DECIDE, stamp), to_bytes(decide)))
-        self.drive(Decided(decide))
+        self._post_below(Frame(header_of(FrameKind.DECIDE, self.run_id, stamp, 0), to_bytes(decide)))
+        self.drive(Decided(decide, stamp.key))
 
     def _advance(self) -> None:
         """Stage 0, whenever nothing is under way: order rollouts, begin the next round, or hold."""
-        if self.leader is None:
+        if self.zero is None:
             return
-        lead = self.leader.lead
-        order = self.leader.next_order()
-        if order is not None:
-            self.spawn(self.service.order(order))
+        lead = self.zero.lead
+        self._order()
         if self._round_active or not self.schedule.idle or lead.finished:
             return
         hold = lead.hold()
         if hold is not None:
             self._send_decision(Stamp(epoch=self.position.epoch, tick=self.position.tick), hold)
             return
-        batch = self.leader.next_batch(self._basis_held)
+        batch, dropped = self.zero.next_batch(self._basis_held)
+        if dropped is not None:
+            self._report(dropped)
         if batch is not None:
+            self.admission.batches[batch.number] = batch
             self._deliver(partial(self.compute.add_batch, batch))
             header = Header(FrameKind.BATCH, self.run_id, self.position.epoch, self.position.tick, batch=batch.number)
             self._post_below(Frame(header, to_bytes(batch_data(batch, self.manifest.vocab))))
-            order = self.leader.next_order()  # with overlap, the next batch is generated meanwhile
-            if order is not None:
-                self.spawn(self.service.order(order))
+        if batch is not None or dropped is not None:
+            self._order()  # with overlap, the next batch is generated while this one trains
         stamp = lead.next_round()
         if stamp is not None:
             self._round_active = True
             begin = Begin(stamp.microbatches, stamp.basis_version, stamp.correction, stamp.step)
-            self._post_below(Frame(self._header(FrameKind.BEGIN, stamp), to_bytes(begin)))
+            self._post_below(Frame(header_of(FrameKind.BEGIN, self.run_id, stamp, 0), to_bytes(begin)))
             self.drive(Begun(stamp))
 
+    def _order(self) -> None:
+        if self.zero is not None and (order := self.zero.lead.next_order()) is not None:
+            self.spawn(self.service.order(order))
+
     # Frames out --------------------------------------------------------------------------------------------------------
-
-    def _header(self, kind: FrameKind, stamp: Stamp, microbatch: int = 0) -> Header:
-        return Header(
-            kind=kind,
-            run=self.run_id,
-            epoch=stamp.epoch,
-            tick=stamp.tick,
-            attempt=stamp.attempt,
-            lineage=stamp.lineage,
-            mode=stamp.mode,
-            batch=stamp.batch,
-            pass_=stamp.pass_,
-            slice=stamp.slice,
-            microbatch=microbatch,
-        )
-
-    def _stamp(self, frame: Frame) -> Stamp:
-        h = frame.header
-        if h.lineage != self._next_lineage:
-            raise ManifestMismatch(
-                f"tick {h.tick} builds on lineage {h.lineage:016x}, stage {self.span.stage} holds "
-                f"{self._next_lineage:016x}: they do not share a history"
-            )
-        begin = from_bytes(Begin, frame.payload)
-        return replace(
-            _identity(h),
-            microbatches=begin.microbatches,
-            basis_version=begin.basis_version,
-            correction=begin.correction,
-            step=begin.step,
-        )
 
     def _send_packet(self, command: Compute, packet: Packet) -> None:
         up = command.op in (Op.LOSS, Op.BACKWARD)
         kind = FrameKind.GRADIENT if up else FrameKind.ACTIVATION
-        frame = Frame(
-            self._header(kind, command.stamp, command.microbatch), packet.payload, dense_bytes=packet.dense_bytes
-        )
+        receiver = self.span.stage - 1 if up else self.span.stage + 1
+        header = header_of(kind, self.run_id, command.stamp, receiver, command.microbatch)
+        frame = Frame(header, packet.payload, dense_bytes=packet.dense_bytes)
         if up:
             assert self.above is not None
             self.above.post(frame)
@@ -498,16 +486,10 @@ class StageWorker:
             self.below.post(frame, sent=lambda: self.drive(Sent()))
 
     def _post_below(self, frame: Frame) -> None:
+        """To the next stage, if there is one, readdressed on the way."""
         if self.below is not None:
-            self.below.post(frame)
+            header = replace(frame.header, receiver=address_of(self.span.stage + 1))
+            self.below.post(Frame(header, frame.payload))
 
     def _report(self, report: Report) -> None:
         self.anchor.post(Frame(Header(FrameKind.REPORT, self.run_id, tick=report.tick), to_bytes(report)))
-
-
-def _identity(h: Header) -> Stamp:
-    return Stamp(h.epoch, h.tick, h.attempt, h.lineage, h.mode, h.batch, h.pass_, h.slice)
-
-
-def _key(header: Header) -> tuple[int, int, int, Mode, int]:
-    return _identity(header).key

@@ -89,7 +89,7 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
     if text.startswith(("/", ".", "~")) or text.count("/") > 1 or not text:
         raise ModelError(
             f"model {text!r}",
-            f"no directory {local.absolute()}" if text else "an empty path",
+            f"no directory {local.absolute()}" if text else "no directory ''",
             "a checkpoint directory",
             "check the path",
         )

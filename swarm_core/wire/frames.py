@@ -11,8 +11,8 @@ joining the parts once is the only copy the sender makes.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
@@ -136,13 +136,12 @@ def _split(message: bytes) -> tuple[swarm_pb2.FrameHeader, memoryview]:
 class Assembler:
     """Puts the chunks of one stream together again, refusing before it allocates.
 
-    `limits` gives the largest payload per kind; the chunks of a frame are contiguous on a stream, so at most one
-    frame is under way.
+    `limits` gives the largest payload per kind; `limit` can be replaced by a function that knows more of a header. The
+    chunks of a frame are contiguous on a stream, so at most one frame is under way.
     """
 
     def __init__(self, limits: dict[FrameKind, int], default_limit: int = MAX_MESSAGE_BYTES) -> None:
-        self._limits = limits
-        self._default = default_limit
+        self.limit: Callable[[Header], int] = lambda header: limits.get(header.kind, default_limit)
         self._header: Header | None = None
         self._buffer = bytearray()
         self._next = 0
@@ -152,7 +151,7 @@ class Assembler:
         proto, payload = _split(message)
         header = _header_of(proto)
         total = proto.total_bytes
-        limit = self._limits.get(header.kind, self._default)
+        limit = self.limit(header)
         if total > limit:
             raise BadFrame(f"a {header.kind.name} frame of {total} bytes; at most {limit} are expected here")
         if proto.chunks != max(1, -(-total // CHUNK_BYTES)):
@@ -202,6 +201,6 @@ def run_id(manifest_digest: str) -> int:
     return int(manifest_digest[:16], 16)
 
 
-def readdress(header: Header, kind: FrameKind) -> Header:
-    """The same identity for an answer of another kind."""
-    return replace(header, kind=kind)
+def address_of(stage: int, replica: int = 0) -> int:
+    """The header's `receiver`."""
+    return stage << 16 | replica

@@ -69,7 +69,6 @@ class Hello:
     protocol: int = PROTOCOL
     manifest_digest: str = ""
     versions: dict[str, str] = field(default_factory=dict)
-    offers_replay: bool = False
 
 
 @dataclass

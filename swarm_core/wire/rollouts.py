@@ -5,6 +5,7 @@ Arrays are little-endian and of fixed width, so the size of a batch is a functio
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -110,8 +111,8 @@ def rollouts_message(batch: RolloutBatch) -> Rollouts:
 def read_rollouts(message: Rollouts, vocab: int) -> RolloutBatch:
     """The batch a sampler sent. Raises BadFrame when it does not fit together."""
     group = message.group_size
-    prompt_ends = np.cumsum([0, *_ints(message.prompt_lengths, "prompt_lengths")])
-    ends = np.cumsum([0, *_ints(message.completion_lengths, "completion_lengths")])
+    prompt_ends = np.cumsum([0, *_ints(message.prompt_lengths, "prompt_lengths")]).tolist()
+    ends = np.cumsum([0, *_ints(message.completion_lengths, "completion_lengths")]).tolist()
     prompts, ids = _ints(message.prompt_ids, "prompt_ids"), _ints(message.completion_ids, "completion_ids")
     logprobs = _array(message.logprobs, "<f4", "logprobs").tolist()
     rewards = _array(message.rewards, "<f8", "rewards").tolist()
@@ -138,7 +139,7 @@ def read_rollouts(message: Rollouts, vocab: int) -> RolloutBatch:
                 prompt_ids=prompts[prompt_ends[g] : prompt_ends[g + 1]],
                 completion_ids=ids[ends[i] : ends[i + 1]],
                 logprobs=logprobs[ends[i] : ends[i + 1]],
-                reward=None if np.isnan(rewards[i]) else rewards[i],
+                reward=None if math.isnan(rewards[i]) else rewards[i],
                 truncated=bool(truncated[i]),
             )
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from swarm_core.errors import UserError
 from swarm_core.wire.errors import (
     BadAddress,
     BadFrame,
@@ -26,6 +27,7 @@ from swarm_core.wire.frames import MAX_MESSAGE_BYTES, Assembler, Frame, Header, 
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import FrameKind, Report
 
+ALL_INTERFACES = ("0.0.0.0", "::", "*")
 log = logging.getLogger(__name__)
 Handler = Callable[["FrameStream"], Awaitable[None]]
 
@@ -74,6 +76,10 @@ class FrameStream:
         if limits is not None:
             self._assembler = Assembler(limits)
         return self
+
+    def bound(self, limit: Callable[[Header], int]) -> None:
+        """Say how large a frame may get by its whole header, before anything is allocated for it."""
+        self._assembler.limit = limit
 
     async def send_report(self, report: Report, tick: int) -> None:
         """Send a report that carries everything this process has counted so far, the report itself included."""
@@ -246,6 +252,20 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise BadAddress(address)
     return host, int(port)
+
+
+def dialable(address: str) -> str:
+    """The address, unless it means "all interfaces": that is one to listen on, not one to dial. Raises UserError."""
+    host = split_address(address)[0].strip("[]")
+    if host in ALL_INTERFACES:
+        raise UserError(f"listening on {address} says not where others should dial: add --advertise HOST:PORT")
+    return address
+
+
+def dialable_here(address: str) -> str:
+    """How a process on this machine dials a listening address."""
+    host, port = split_address(address)
+    return f"127.0.0.1:{port}" if host.strip("[]") in ALL_INTERFACES else address
 
 
 def is_loopback(address: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +29,8 @@ from codec.spec import Direction
 from swarm_core.data.dataset import Row, load_rows
 from swarm_core.learning.rollout import RolloutBatch
 from swarm_core.manifest import Manifest
-from swarm_core.models.architecture import fingerprint, resolve
-from swarm_core.models.reading import load_tokenizer
+from swarm_core.models.architecture import fingerprint, read_shape, resolve
+from swarm_core.models.reading import load_tokenizer, tensor_shapes
 from swarm_core.wire.errors import BadFrame, PeerLost
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
@@ -51,7 +52,7 @@ from swarm_core.wire.messages import (
 from swarm_core.wire.rollouts import rollouts_message
 from swarm_core.wire.streams import Dialled, dial
 from swarm_worker.device import pick_device
-from swarm_worker.membership import Membership, join, read_bases
+from swarm_worker.membership import Membership, await_start, join, read_bases
 from swarm_worker.sampler.collect import Collected, Collector, SamplingSpec
 from swarm_worker.sampler.engine import Projection
 from swarm_worker.sampler.errors import SamplerError
@@ -61,7 +62,7 @@ from swarm_worker.sampler.replay import read_rollouts
 from swarm_worker.sampler.verify import VerifierPool
 
 log = logging.getLogger(__name__)
-WEIGHTS_LIMIT = 1 << 40
+SAFETENSORS_HEADER = 1 << 20  # names and shapes beside the weights themselves
 SAMPLES_SHOWN = 4  # completions of each batch that are kept as text, for people to read
 
 
@@ -90,6 +91,7 @@ class Source:
         self._recorded: Iterator[RolloutBatch] | None = None
         self._at = 0
         self._bases: dict[tuple[int, Direction], Basis] = {}
+        self.validation: list[Row] = []
         self._samples = (arguments.out / "samples.jsonl").open("a")
         if self.replaying:
             if recording is None:
@@ -114,13 +116,16 @@ class Source:
             chat_template=config.data.chat_template,
         )
         self.collector = Collector(self.engine, self.tokenizer, load_rows(config.data.train), self.verifier, spec)
-        self.validation: list[Row] = []
         if config.data.validation is not None:
             self.validation = load_rows(config.data.validation)[: config.sampler.eval_prompts]
 
     @property
     def version(self) -> int:
         return 0 if self.replaying else self.engine.version
+
+    @property
+    def can_evaluate(self) -> bool:
+        return not self.replaying and bool(self.validation)
 
     def load_weights(self, state: dict[str, Tensor], version: int) -> None:
         self.engine.load_weights(state, version)
@@ -215,17 +220,20 @@ class SamplerProcess:
         """Serve orders until the run ends. Raises typed errors with one readable line."""
         a = self.arguments
         a.out.mkdir(parents=True, exist_ok=True)
-        hello = Hello(role="sampler", offers_replay=a.engine == "replay")
+        hello = Hello(role="sampler")
         membership = await join(a.anchor, "Anchor/Sample", hello, self.ledger, a.wait_s, "anchor-sampler")
         if membership.manifest.config.run.threads:
             torch.set_num_threads(membership.manifest.config.run.threads)
-        source = await self._call(Source, membership.manifest, a)
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        tasks = []
+        tasks: list[asyncio.Task[None]] = []
+        source = None
         try:
+            source = await self._call(Source, membership.manifest, a)
             await self._ready(membership, source)
-            start = await self._await_start(membership, source)
-            await self._dial_stages(membership, start)
+            start = await await_start(membership, source.hold_bases)
+            if start is None:
+                return
+            await self._dial_stages(membership, source, start)
             if self._signals:
                 self._on_signals(membership)
             tasks = [
@@ -244,9 +252,10 @@ class SamplerProcess:
         finally:
             for task in tasks:
                 task.cancel()
-            for feed in self._feeds:
-                await feed.close()
-            source.close()
+            for stream in (*self._feeds, membership.anchor):
+                await stream.close()
+            if source is not None:
+                source.close()
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -266,25 +275,15 @@ class SamplerProcess:
             )
         await membership.anchor.send(Frame(Header(FrameKind.READY), to_bytes(Ready(model_fingerprint=found))))
 
-    async def _await_start(self, membership: Membership, source: Source) -> Start:
-        while True:
-            frame = await membership.anchor.receive()
-            if frame is None:
-                raise PeerLost("the anchor closed the stream before the start")
-            match frame.header.kind:
-                case FrameKind.BASIS:
-                    source.hold_bases(from_bytes(BasisSet, frame.payload))
-                case FrameKind.START:
-                    return from_bytes(Start, frame.payload)
-                case kind:
-                    raise BadFrame(f"the anchor sent {kind.name} before the start")
-
-    async def _dial_stages(self, membership: Membership, start: Start) -> None:
+    async def _dial_stages(self, membership: Membership, source: Source, start: Start) -> None:
+        shape = read_shape(source.model_path)
         hello = to_bytes(Hello(role="feed", manifest_digest=membership.digest))
         for stage, address in enumerate(start.stage_addresses):
             feed = await dial(address, "Stage/Feed", self.ledger, f"stage {stage}", self.arguments.wait_s)
             self._feeds.append(feed)
-            feed.name(f"sampler-stage{stage}", "down", {FrameKind.WEIGHTS: WEIGHTS_LIMIT})
+            shapes = tensor_shapes(shape, membership.manifest.spans[stage]).values()
+            largest = sum(4 * math.prod(dims) for dims in shapes) + SAFETENSORS_HEADER
+            feed.name(f"sampler-stage{stage}", "down", {FrameKind.WEIGHTS: largest})
             await feed.send(Frame(Header(FrameKind.HELLO, membership.run), hello))
             from_bytes(Welcome, (await feed.expect(FrameKind.WELCOME)).payload)
 
@@ -330,8 +329,11 @@ class SamplerProcess:
                     await self._report(
                         membership, Report("rollout", order.weight_version, {"batch": order.batch, **numbers})
                     )
-            if order.evaluate and not source.replaying and source.validation:
+            if order.evaluate and source.can_evaluate:
                 await self._report(membership, self._evaluated(order, *await self._call(source.evaluate)))
+            elif order.evaluate:
+                words = {"event": "no_evaluation", "message": "this sampler replays: it has no model to evaluate"}
+                await self._report(membership, Report("event", order.weight_version, words=words))
 
     async def _report(self, membership: Membership, report: Report) -> None:
         await membership.anchor.send_report(report, report.tick)

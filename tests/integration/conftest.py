@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from anchor_node.serve import ADDRESS_FILE, ServeArguments, serve
+from anchor_node.serve import ServeArguments, serve
 from swarm_core.config import load
+from swarm_core.run_folder import ADDRESS_FILE
 from swarm_worker.sampler.process import SamplerArguments, serve_rollouts
 from swarm_worker.stage_process import StageArguments, hold_stage
 

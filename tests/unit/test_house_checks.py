@@ -133,13 +133,18 @@ def test_the_stubs_are_fresh_and_stale_ones_are_noticed(tmp_path: Path) -> None:
 
 ROOMS = ["anchor_node", "swarm_worker", "swarm_core", "codec", "swarm_core/wire", "swarm_core/learning"]
 MODULES = {
-    "anchor_node/service.py": "import swarm_proto.v1.swarm_pb2, swarm_core.wire.frames",
+    "anchor_node/service.py": "import swarm_core.wire.frames",
     "swarm_worker/service.py": "import swarm_core.wire.frames",
-    "swarm_worker/links.py": "import codec.basis",
+    "swarm_worker/compute.py": "import codec.basis",
     "swarm_core/wire/frames.py": "import socket, swarm_proto.v1.swarm_pb2, swarm_core.learning.stage",
     "swarm_core/learning/stage.py": "import codec.basis, swarm_core.models.reading",
     "swarm_core/models/__init__.py": "",
     "swarm_core/models/reading.py": "import os, swarm_core.learning.stage",
+    "swarm_core/data/__init__.py": "import swarm_core.learning.stage",
+    "swarm_core/errors.py": "",
+    "swarm_core/run_folder.py": "",
+    "swarm_core/exits.py": "import swarm_core.errors",
+    "swarm_core/manifest.py": "import swarm_core.config",
     "swarm_core/knobs.py": "import pydantic",
     "swarm_core/config.py": "import swarm_core.knobs",
     "codec/basis.py": "import torch",
@@ -153,9 +158,9 @@ MODULES = {
     ("module", "line", "broken"),
     [
         ("codec/basis.py", "import torch", None),
-        ("anchor_node/service.py", "import swarm_worker.links", "two programs"),
+        ("anchor_node/service.py", "import swarm_worker.compute", "two programs"),
         ("swarm_core/learning/stage.py", "import time", "learning is pure"),
-        ("swarm_core/models/reading.py", "import swarm_proto.v1.swarm_pb2", "see generated messages"),
+        ("swarm_core/models/reading.py", "import swarm_proto.v1.swarm_pb2", "sees generated messages"),
         ("swarm_core/config.py", "import torch", "without torch"),
         ("swarm_core/common.py", "", "inside swarm_core"),
     ],

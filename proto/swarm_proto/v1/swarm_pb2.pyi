@@ -116,7 +116,7 @@ class FrameHeader(_message.Message):
     def __init__(self, run: _Optional[int] = ..., lineage: _Optional[int] = ..., kind: _Optional[int] = ..., mode: _Optional[int] = ..., epoch: _Optional[int] = ..., tick: _Optional[int] = ..., attempt: _Optional[int] = ..., batch: _Optional[int] = ..., slice: _Optional[int] = ..., microbatch: _Optional[int] = ..., receiver: _Optional[int] = ..., chunk: _Optional[int] = ..., chunks: _Optional[int] = ..., checksum: _Optional[int] = ..., total_bytes: _Optional[int] = ..., **kwargs) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("role", "stage", "replica", "address", "protocol", "manifest_digest", "versions", "offers_replay")
+    __slots__ = ("role", "stage", "replica", "address", "protocol", "manifest_digest", "versions")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -131,7 +131,6 @@ class Hello(_message.Message):
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
-    OFFERS_REPLAY_FIELD_NUMBER: _ClassVar[int]
     role: str
     stage: int
     replica: int
@@ -139,8 +138,7 @@ class Hello(_message.Message):
     protocol: int
     manifest_digest: str
     versions: _containers.ScalarMap[str, str]
-    offers_replay: bool
-    def __init__(self, role: _Optional[str] = ..., stage: _Optional[int] = ..., replica: _Optional[int] = ..., address: _Optional[str] = ..., protocol: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., offers_replay: _Optional[bool] = ...) -> None: ...
+    def __init__(self, role: _Optional[str] = ..., stage: _Optional[int] = ..., replica: _Optional[int] = ..., address: _Optional[str] = ..., protocol: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("manifest", "manifest_digest", "epoch")

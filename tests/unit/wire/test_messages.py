@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import types
 import typing
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -53,7 +52,7 @@ def instances(kind: Any) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda c: c.__name__)
-@settings(max_examples=40)
+@settings(max_examples=40, derandomize=True)
 @given(data=st.data())
 def test_any_message_comes_back(kind: type, data: st.DataObject) -> None:
     message = data.draw(instances(kind))
@@ -61,8 +60,7 @@ def test_any_message_comes_back(kind: type, data: st.DataObject) -> None:
     back = from_bytes(kind, memoryview(sent))
     assert back == message
     assert to_bytes(back) == sent
-    for item in fields(kind):
-        assert type(getattr(back, item.name)) is type(getattr(kind(), item.name)) or item.name == "outcome"
+    assert all(type(getattr(back, f.name)) is type(getattr(message, f.name)) for f in fields(kind))
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda c: c.__name__)
@@ -77,9 +75,9 @@ def test_nan_and_infinity_come_back() -> None:
 
 def test_equal_maps_give_equal_bytes_whatever_their_order() -> None:
     names = [f"n{i}" for i in range(50)]
-    forward, backward = ({name: float(i) for i, name in enumerate(order)} for order in (names, names[::-1]))
-    assert to_bytes(Report(numbers=dict.fromkeys(names, 1.0))) == to_bytes(Report(numbers=dict.fromkeys(names[::-1], 1.0)))
-    assert to_bytes(Report(numbers=forward)) != to_bytes(Report(numbers=backward))
+    first, second = ({name: float(name[1:]) for name in order} for order in (names, names[::-1]))
+    assert list(first) != list(second)
+    assert to_bytes(Report(numbers=first)) == to_bytes(Report(numbers=second))
 
 
 def test_every_message_of_the_contract_has_a_class_with_the_same_fields() -> None:
@@ -125,7 +123,7 @@ def test_text_that_is_no_utf8_is_a_bad_frame() -> None:
         from_bytes(messages.Hello, b"\x0a\x02\xff\xfe")
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, derandomize=True)
 @given(st.sampled_from(CLASSES), st.binary(max_size=60))
 def test_noise_is_a_message_or_a_bad_frame(kind: type, noise: bytes) -> None:
     try:
@@ -134,7 +132,3 @@ def test_noise_is_a_message_or_a_bad_frame(kind: type, noise: bytes) -> None:
         assert "\n" not in str(error)
     else:
         assert isinstance(message, kind)
-
-
-def test_the_walk_above_has_found_every_class() -> None:
-    assert len(CLASSES) >= 18 and isinstance(messages, types.ModuleType)

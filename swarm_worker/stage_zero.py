@@ -5,6 +5,7 @@ The policy is lead.py; this file joins it to data. No socket here: the worker se
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -12,14 +13,17 @@ import torch
 
 from swarm_core.learning import optimizer as optim
 from swarm_core.learning.batch import Batch, make_batch
+from swarm_core.learning.errors import RolloutError
 from swarm_core.learning.grpo import LossSpec
 from swarm_core.learning.rollout import RolloutBatch, reward_metrics, slices, to_samples
 from swarm_core.manifest import Manifest
+from swarm_core.run_folder import checkpoint_name
 from swarm_core.wire.messages import Decide, Order, Outcome, Report, StageVote
+from swarm_worker.compute import optimizer_spec
 from swarm_worker.journal import Journal
 from swarm_worker.lead import Lead, LeadPlan, LeadState, Stock
 from swarm_worker.sampler.replay import ReplayWriter
-from swarm_worker.schedule import Stamp
+from swarm_worker.schedule import ProtocolError, Stamp
 
 
 def lead_plan(manifest: Manifest) -> LeadPlan:
@@ -36,7 +40,7 @@ def lead_plan(manifest: Manifest) -> LeadPlan:
     )
 
 
-class Leader:
+class StageZero:
     """What stage 0 knows beyond its layers."""
 
     def __init__(
@@ -47,39 +51,44 @@ class Leader:
         journal: Journal,
         state: LeadState,
         record: ReplayWriter | None,
+        stats: dict[int, dict[str, float]],
     ) -> None:
+        """`state` and `stats` (reward metrics by batch) are those of the checkpoint that a run resumes from."""
         self.manifest = manifest
         self.lead = Lead(lead_plan(manifest), state)
         self._loss_spec = loss_spec
+        self._optimizer_spec = optimizer_spec(manifest.config)
         self._dtype = dtype
         self._journal = journal
         self._record = record
         self._stock: Batch | None = None
         self._rollouts: RolloutBatch | None = None
-        self._stats: dict[int, dict[str, float]] = {}
+        self._stats = stats
         self._last_decision = time.monotonic()
-
-    def next_order(self) -> Order | None:
-        return self.lead.next_order()
 
     def ending(self) -> tuple[Report, Order | None]:
         """After the last decision: tell the anchor that the run ends, and order an evaluation of the final weights."""
         lead, config = self.lead, self.manifest.config
-        evaluate = config.data.validation is not None and config.sampler.engine != "replay" and not lead.stop_requested
+        evaluate = config.data.validation is not None and not lead.stop_requested
         if lead.stop_requested:
             message = "stopped on request"
         elif lead.exhausted:
             message = "the recorded rollouts are used up"
         else:
             message = f"all {lead.plan.ticks} ticks are done"
-        report = self.event("finished", message)
+        report = self._event("finished", message)
         report.words["evaluation"] = "yes" if evaluate else "no"
+        report.words["checkpoint"] = checkpoint_name(lead.state.tick)
         order = Order(batch=lead.state.next_batch, weight_version=lead.state.tick, evaluate=True)
         return report, order if evaluate else None
 
-    def take_rollouts(self, rollouts: RolloutBatch) -> Report | None:
-        """A batch arrived. An event for the books when it was too old and was dropped."""
+    def take_rollouts(self, rollouts: RolloutBatch) -> None:
+        """A batch arrived: into stock with it. Raises LearningError when it is not of the size that was ordered."""
         config = self.manifest.config
+        wanted = (config.grpo.prompts_per_batch, config.grpo.completions_per_prompt)
+        if (rollouts.groups, rollouts.group_size) != wanted:
+            got = f"{rollouts.groups} prompts x {rollouts.group_size} completions"
+            raise RolloutError(rollouts.batch, None, f"got {got}, wanted {wanted[0]} x {wanted[1]}")
         cut = slices(rollouts, config.grpo.ticks_per_pass)
         samples, tokens, sequences = [], [], []
         for part in cut:
@@ -90,31 +99,35 @@ class Leader:
         batch = make_batch(
             rollouts.batch, rollouts.weight_version, samples, tokens, sequences, config.swarm.microbatch_size
         )
-        if not self.lead.accept(Stock(batch.number, batch.weight_version, batch.microbatches)):
-            age = self.lead.state.tick - rollouts.weight_version
-            message = f"batch {batch.number}: its weights are {age} ticks old, over {self.lead.plan.staleness_limit}"
-            return self.event("dropped_batch", message)
+        self.lead.accept(Stock(batch.number, batch.weight_version, batch.microbatches))
         self._stock, self._rollouts = batch, rollouts
         self._stats[batch.number] = reward_metrics(rollouts)
-        return None
 
-    def next_batch(self, basis_held: int) -> Batch | None:
-        """The batch in stock, when the lead starts on it."""
+    def next_batch(self, basis_held: int) -> tuple[Batch | None, Report | None]:
+        """(the batch in stock, when the lead starts on it; an event, when it was too old and was dropped)."""
+        dropped = self.lead.state.dropped
         if self.lead.next_batch(basis_held) is None:
-            return None
+            if self.lead.state.dropped == dropped:
+                return None, None
+            assert self._stock is not None
+            age, limit = self.lead.state.tick - self._stock.weight_version, self.lead.plan.staleness_limit
+            text = f"batch {self._stock.number}: its weights are {age} ticks old, over {limit}"
+            return None, self._event("dropped_batch", text)
         batch, self._stock = self._stock, None
         assert batch is not None
         if self._record is not None and self._rollouts is not None:
             self._record.append(self._rollouts)  # exactly the batches that are trained on, in order
         batch.basis_version = self.lead.state.basis_version
         self._stats = {n: s for n, s in self._stats.items() if n >= batch.number}
-        return batch
+        return batch, None
 
     def decide(self, stamp: Stamp, votes: list[StageVote], gated: bool, tokens: int) -> tuple[Decide, Report]:
         """Decide a tick that every stage has voted on, journal it, and sum it up in a metrics row."""
         votes = sorted(votes, key=lambda vote: vote.stage)
+        if [vote.stage for vote in votes] != list(range(self.manifest.stages)):
+            raise ProtocolError(f"votes of stages {[vote.stage for vote in votes]}, wanted one of each")
         norms = [norm for vote in votes for norm in vote.norms]
-        total = optim.total_norm(norms, self._dtype)
+        total = optim.total_norm(norms, self._dtype) if all(vote.ready for vote in votes) else math.inf
         coefficient = optim.clip_coefficient(norms, self.manifest.config.optimizer.max_grad_norm, self._dtype)
         age = self.lead.age
         decide = self.lead.decide(stamp, [*norms, total], coefficient, gated)
@@ -130,7 +143,8 @@ class Leader:
             "tokens": tokens,
             "tokens_per_s": tokens / max(tick_s, 1e-9),
             "grad_norm": total,
-            "lr": optim.learning_rate(self._optimizer_spec(), stamp.step),
+            "lr": optim.learning_rate(self._optimizer_spec, stamp.step),
+            "dropped_batches": self.lead.state.dropped,
             "staleness": age,
             "dgg/gated": float(gated),
             "basis/version": stamp.basis_version,
@@ -142,18 +156,9 @@ class Leader:
         words = {"outcome": Outcome(decide.outcome).name.lower(), "skip_reason": decide.reason}
         return decide, Report(type="tick", tick=stamp.tick, numbers=numbers, words=words)
 
-    def event(self, name: str, message: str) -> Report:
-        return Report(type="event", tick=self.lead.state.tick, words={"event": name, "message": message})
-
-    def _optimizer_spec(self) -> optim.OptimizerSpec:
-        o = self.manifest.config.optimizer
-        return optim.OptimizerSpec(
-            learning_rate=o.lr,
-            schedule=o.schedule,
-            warmup_steps=o.warmup_ticks,
-            total_steps=self.manifest.config.run.ticks,
-        )
-
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the lead."""
-        return self.lead.state.to_json()
+        """What a checkpoint keeps, as JSON."""
+        return {"lead": self.lead.state.to_json(), "stats": {str(n): stats for n, stats in self._stats.items()}}
+
+    def _event(self, name: str, message: str) -> Report:
+        return Report(type="event", tick=self.lead.state.tick, words={"event": name, "message": message})

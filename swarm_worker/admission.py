@@ -1,0 +1,92 @@
+"""Which frames a stage takes from its neighbours, and how large they may be: the checks that come before any work.
+
+Run, epoch, addressee and lineage; batches and microbatches that exist; the exact size of a tensor, from the layout of
+its microbatch, before a byte is allocated for it. No stream and no tensor here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from codec.spec import Direction, LinkSpec, packet_bytes
+from swarm_core.learning.batch import Batch
+from swarm_core.learning.errors import MicrobatchError
+from swarm_core.wire.errors import BadFrame, ManifestMismatch, StaleEpoch
+from swarm_core.wire.frames import MAX_MESSAGE_BYTES, Frame, Header, address_of
+from swarm_core.wire.messages import Begin, Decide, FrameKind, Mode, from_bytes
+from swarm_worker.headers import Position, identity
+from swarm_worker.schedule import Stamp
+
+BATCH_LIMIT = 256 << 20  # a few million tokens
+
+
+class Admission:
+    """One stage's view of what may arrive. `batches` are those announced and not yet ended."""
+
+    def __init__(self, stage: int, run: int, link: LinkSpec, position: Position, batches: dict[int, Batch]) -> None:
+        self.stage, self.run, self.epoch, self.link = stage, run, position.epoch, link
+        self.batches = dict(batches)
+        self._lineage = position.lineage  # that the next round must build on: a decision counts once it has arrived
+
+    def check(self, header: Header) -> None:
+        """Raises ManifestMismatch, StaleEpoch, BadFrame."""
+        if header.run != self.run:
+            raise ManifestMismatch(f"a frame of run {header.run:016x} arrived in run {self.run:016x}")
+        if header.epoch != self.epoch:
+            raise StaleEpoch(f"a frame of epoch {header.epoch} arrived in epoch {self.epoch}")
+        if header.receiver != address_of(self.stage):
+            raise BadFrame(f"a frame for stage {header.receiver >> 16} arrived at stage {self.stage}")
+
+    def largest(self, direction: Direction, header: Header) -> int:
+        """The largest payload this frame may have: for a tensor, exactly what its microbatch makes it, uncompressed."""
+        if header.kind is FrameKind.BATCH:
+            return BATCH_LIMIT
+        if header.kind not in (FrameKind.ACTIVATION, FrameKind.GRADIENT):
+            return MAX_MESSAGE_BYTES
+        batch = self._batch(header)
+        slice_, microbatch = header.slice, header.microbatch
+        try:
+            if header.mode is not Mode.TRAIN:
+                slice_, microbatch = batch.place(microbatch)
+            tokens = batch.layout(slice_, microbatch).tokens
+        except (MicrobatchError, IndexError):
+            raise BadFrame(
+                f"{header.kind.name} {header.microbatch} of slice {header.slice}: batch {header.batch} has no such one"
+            ) from None
+        return packet_bytes(self.link, direction, tokens)
+
+    def stamp(self, frame: Frame) -> Stamp:
+        """The stamps of a BEGIN. Raises ManifestMismatch for another history, BadFrame for a round that cannot be."""
+        h, begin = frame.header, from_bytes(Begin, frame.payload)
+        if h.lineage != self._lineage:
+            raise ManifestMismatch(
+                f"tick {h.tick} builds on lineage {h.lineage:016x}, stage {self.stage} holds "
+                f"{self._lineage:016x}: they do not share a history"
+            )
+        counts = self._batch(h).microbatches
+        known = h.slice < len(counts)
+        if not known or begin.microbatches != (counts[h.slice] if h.mode is Mode.TRAIN else sum(counts)):
+            raise BadFrame(f"tick {h.tick}, slice {h.slice}, has {begin.microbatches} microbatches; here: {counts}")
+        return replace(
+            identity(h),
+            microbatches=begin.microbatches,
+            basis_version=begin.basis_version,
+            correction=begin.correction,
+            step=begin.step,
+        )
+
+    def decided(self, header: Header, decide: Decide) -> None:
+        """A decision has arrived: the next round must build on it."""
+        self._lineage = Position(header.tick, header.lineage, header.epoch).after(identity(header), decide).lineage
+
+    def ended(self, batch: int) -> None:
+        """No frame is about this batch any more."""
+        self.batches.pop(batch, None)
+
+    def _batch(self, header: Header) -> Batch:
+        try:
+            return self.batches[header.batch]
+        except KeyError:
+            raise BadFrame(
+                f"{header.kind.name} of batch {header.batch}; stage {self.stage} holds {sorted(self.batches)}"
+            ) from None

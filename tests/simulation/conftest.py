@@ -1,0 +1,444 @@
+"""The real schedule and lead of 1 to 5 stages under a virtual clock, with random durations, links and a sampler.
+
+`Swarm` is a small shell around `Schedule` and `Lead`, as worker.py is: frames become events, commands are carried out.
+`Referee` keeps books of its own and objects (AssertionError) to anything that a correct run never does. What a batch
+holds and how a tick ends is a function of the seed alone (`World`), so that runs under other clocks, or with a stop and
+a resume, can be compared.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from swarm_core.wire.messages import Decide, Mode, Order, Outcome
+from swarm_worker.lead import Lead, LeadPlan, LeadState, Stock
+from swarm_worker.schedule import (
+    ActivationCame,
+    Begun,
+    CastVote,
+    Compute,
+    Computed,
+    Decided,
+    Event,
+    Finished,
+    GradientCame,
+    Op,
+    Schedule,
+    Sent,
+    Stamp,
+    VoteCame,
+)
+from swarm_worker.worker import Position
+
+MOST_EVENTS = 60_000  # the longest scenario needs a tenth
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that does not depend on the clock."""
+
+    seed: int
+    stages: int
+    plan: LeadPlan
+    ticks_per_pass: int
+    batches: int  # the sampler has no more
+
+    def _draw(self, *what: object) -> random.Random:
+        return random.Random(f"{self.seed} {what}")
+
+    def microbatches(self, batch: int) -> tuple[int, ...]:
+        draw = self._draw("sizes", batch)
+        if draw.random() < 0.15:
+            return (0,) * self.ticks_per_pass
+        return tuple(draw.choice((0, 1, 1, 2, 3, 5, 7)) for _ in range(self.ticks_per_pass))
+
+    def verdict(self, batch: int, pass_: int, index: int) -> tuple[bool, bool]:
+        """(gated, not finite) of a tick."""
+        draw = self._draw("verdict", batch, pass_, index)
+        return pass_ > 1 and draw.random() < 0.2, draw.random() < 0.12
+
+    def too_old(self, batch: int) -> bool:
+        """Whether the first delivery of a batch comes from weights that are too old."""
+        return self._draw("old", batch).random() < 0.15
+
+
+def make_world(seed: int) -> World:
+    draw = random.Random(seed)
+    ticks_per_pass, max_reuse = draw.randint(1, 3), draw.randint(1, 4)
+    plan = LeadPlan(
+        ticks=draw.choice((0, 1, 5, 9, 14)),
+        max_reuse=max_reuse,
+        staleness_limit=ticks_per_pass * max_reuse,
+        overlap=draw.random() < 0.5,
+        eval_every=draw.randint(0, 3),
+        checkpoint_every=draw.randint(0, 4),
+        reference=draw.random() < 0.3,
+    )
+    return World(seed, draw.randint(1, 5), plan, ticks_per_pass, batches=draw.randint(0, 4))
+
+
+@dataclass
+class Seen:
+    """What one stage has done in one round."""
+
+    stamp: Stamp
+    forwards: int = 0
+    backwards: int = 0
+    tallied: bool = False
+    voted: bool = False
+    over: bool = False
+
+
+@dataclass
+class Referee:
+    """Objects to what a correct run never does. Knows nothing of the schedule's inside."""
+
+    stages: int
+    rounds: list[dict[tuple[Any, ...], Seen]] = field(init=False)
+    applied: list[list[tuple[int, Decide]]] = field(init=False)
+    unsent: list[int] = field(init=False)
+    happened: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.rounds = [{} for _ in range(self.stages)]
+        self.applied = [[] for _ in range(self.stages)]
+        self.unsent = [0] * self.stages
+
+    def begins(self, stage: int, stamp: Stamp) -> None:
+        assert stamp.key not in self.rounds[stage], "the same round twice"
+        if any(not seen.over for seen in self.rounds[stage].values()):
+            self.happened["begun early"] += 1
+        self.rounds[stage][stamp.key] = Seen(stamp)
+
+    def computes(self, stage: int, command: Compute) -> None:
+        if command.op is Op.APPLY:
+            return self._applies(stage, command)
+        seen = self.rounds[stage][command.stamp.key]
+        open_rounds = [other for other in self.rounds[stage].values() if not other.over]
+        assert seen is open_rounds[0], f"stage {stage} works on a round before the one ahead of it is over"
+        last, train = stage == self.stages - 1, command.stamp.mode is Mode.TRAIN
+        match command.op:
+            case Op.FORWARD | Op.SCORE | Op.LOSS:
+                assert (command.op is Op.SCORE) == (not train), f"{command.op} in a {command.stamp.mode.name} round"
+                assert not train or (command.op is Op.LOSS) == last
+                assert command.microbatch == seen.forwards, f"stage {stage}: forward out of order"
+                seen.forwards += 1
+                seen.backwards += command.op is Op.LOSS
+                flying = seen.forwards - seen.backwards
+                if train:
+                    assert flying <= self.stages - stage, f"stage {stage}: {flying} microbatches in flight"
+                    self.happened["in flight at the bound"] += flying == self.stages - stage and stage < self.stages - 2
+            case Op.BACKWARD:
+                assert train, "a score round makes gradients"
+                assert command.microbatch == seen.backwards, f"stage {stage}: backward out of order"
+                seen.backwards += 1
+                assert seen.backwards <= seen.forwards
+            case Op.TALLY:
+                assert train and not seen.tallied
+                assert seen.forwards == seen.backwards == command.stamp.microbatches, "tallied before all gradients"
+                seen.tallied = True
+        return None
+
+    def holds_back(self, stage: int, change: int) -> None:
+        """An activation was computed (+1), or taken by the link (-1)."""
+        self.unsent[stage] += change
+        assert 0 <= self.unsent[stage] <= 2 * self.stages, f"stage {stage}: {self.unsent[stage]} activations unsent"
+        self.happened["credit used up"] += self.unsent[stage] == 2 * self.stages
+
+    def votes(self, stage: int, stamp: Stamp) -> None:
+        seen = self.rounds[stage][stamp.key]
+        assert seen.tallied and not seen.voted, f"stage {stage} votes before its tally, or twice"
+        seen.voted = True
+        below = [self.rounds[i][stamp.key].voted for i in range(stage + 1, self.stages)]
+        assert all(below), f"stage {stage} votes before the stages below it"
+
+    def _applies(self, stage: int, command: Compute) -> None:
+        assert command.decide is not None, "applied without a decision"
+        if command.decide.outcome != Outcome.HOLD:
+            for i in range(self.stages):
+                assert self.rounds[i][command.stamp.key].voted, f"stage {stage} applies before stage {i} has voted"
+        self.applied[stage].append((command.stamp.tick, command.decide))
+        ahead = self.applied[0][: len(self.applied[stage])]
+        assert self.applied[stage] == ahead, f"stage {stage} applies another decision than stage 0"
+
+    def finishes(self, stage: int, stamp: Stamp) -> None:
+        if stamp.key not in self.rounds[stage]:
+            return  # a HOLD
+        seen = self.rounds[stage][stamp.key]
+        assert not seen.over and seen.forwards == stamp.microbatches
+        assert seen.backwards == (stamp.microbatches if stamp.mode is Mode.TRAIN else 0)
+        seen.over = True
+
+
+class Link:
+    """One direction between neighbours: takes frame after frame, delivers in order."""
+
+    def __init__(self, swarm: Swarm, take_s: float, latency_s: float) -> None:
+        self.swarm, self.take_s, self.latency_s = swarm, take_s, latency_s
+        self.free_at = self.arrival = 0.0
+
+    def post(self, deliver: Callable[[], None], taken: Callable[[], None] | None = None, size: float = 0.0) -> None:
+        rng = self.swarm.rng
+        self.free_at = max(self.free_at, self.swarm.now) + size * self.take_s * rng.random()
+        self.arrival = max(self.arrival, self.free_at + self.latency_s * rng.random())
+        if taken is not None:
+            self.swarm.at(self.free_at, taken)
+        self.swarm.at(self.arrival, deliver)
+
+
+class Node:
+    """One stage: what worker.py does, without tensors or sockets."""
+
+    def __init__(self, swarm: Swarm, stage: int, position: Position) -> None:
+        self.swarm, self.stage = swarm, stage
+        self.schedule = Schedule(stage, swarm.world.stages)
+        self.position = position
+        self.next_lineage = position.lineage
+        self.basis = swarm.lead.state.basis_version
+        self.arrived: set[tuple[Any, ...]] = set()
+        self.below_voted: tuple[list[tuple[float, int]], bool] = ([], False)
+
+    def drive(self, event: Event) -> None:
+        referee = self.swarm.referee
+        for command in self.schedule.handle(event):
+            match command:
+                case Compute():
+                    referee.computes(self.stage, command)
+                    self._take_input(command)
+                    self.swarm.later(self.swarm.speed[self.stage], lambda c=command: self._computed(c))
+                case CastVote(stamp):
+                    referee.votes(self.stage, stamp)
+                    self._vote(stamp)
+                case Finished(stamp):
+                    referee.finishes(self.stage, stamp)
+                    if self.stage == 0:
+                        self.swarm.round_active = False
+        if self.stage == 0 and self.schedule.idle:
+            self.swarm.advance()
+
+    def _take_input(self, command: Compute) -> None:
+        what = (command.stamp.key, command.microbatch, command.op is Op.BACKWARD)
+        forward = command.op in (Op.FORWARD, Op.LOSS, Op.SCORE)
+        if command.op is Op.BACKWARD or forward and self.stage > 0:
+            assert what in self.arrived, f"stage {self.stage} computes on {what}, which is not there"
+            self.arrived.remove(what)
+
+    def _computed(self, command: Compute) -> None:
+        key, microbatch, last = command.stamp.key, command.microbatch, self.stage == self.swarm.world.stages - 1
+        match command.op:
+            case Op.FORWARD | Op.SCORE if not last:
+                self.swarm.referee.holds_back(self.stage, 1)
+                below = self.swarm.nodes[self.stage + 1]
+                self._down(lambda: below.came(ActivationCame(key, microbatch)), self._sent, size=1.0)
+            case Op.LOSS | Op.BACKWARD if self.stage > 0:
+                above = self.swarm.nodes[self.stage - 1]
+                self.swarm.up[self.stage - 1].post(lambda: above.came(GradientCame(key, microbatch)), size=1.0)
+            case Op.APPLY:
+                assert command.decide is not None
+                self.position = self.position.after(command.stamp, command.decide)
+                self.basis = max(self.basis, int(self.swarm.now / 40))
+                if self.stage == 0 and command.decide.checkpoint:
+                    self.swarm.saved = json.dumps(self.swarm.lead.state.to_json())
+        self.drive(Computed())
+
+    def came(self, event: ActivationCame | GradientCame) -> None:
+        self.arrived.add((event.key, event.microbatch, isinstance(event, GradientCame)))
+        self.drive(event)
+
+    def _sent(self) -> None:
+        self.swarm.referee.holds_back(self.stage, -1)
+        self.drive(Sent())
+
+    def _vote(self, stamp: Stamp) -> None:
+        gated, broken = self.swarm.world.verdict(stamp.batch, stamp.pass_, stamp.slice)
+        last = self.stage == self.swarm.world.stages - 1
+        culprit = self.stage == stamp.tick % self.swarm.world.stages
+        votes, gate = self.below_voted
+        own = (float("nan") if broken and culprit else 1.0, self.basis)
+        votes, gate = [own, *votes], gate or last and gated and stamp.microbatches > 0
+        self.below_voted = ([], False)
+        if self.stage == 0:
+            self.swarm.decide(stamp, votes, gate)
+            return
+        above = self.swarm.nodes[self.stage - 1]
+
+        def deliver() -> None:
+            above.below_voted = (votes, gate)
+            above.drive(VoteCame(stamp.key))
+
+        self.swarm.up[self.stage - 1].post(deliver)
+
+    def begin(self, stamp: Stamp) -> None:
+        assert stamp.lineage == self.next_lineage, f"stage {self.stage} does not share the history of {stamp}"
+        self.swarm.referee.begins(self.stage, stamp)
+        if self.stage + 1 < self.swarm.world.stages:
+            self._down(lambda: self.swarm.nodes[self.stage + 1].begin(stamp))
+        self.drive(Begun(stamp))
+
+    def decided(self, stamp: Stamp, decide: Decide) -> None:
+        self.next_lineage = self.position.after(stamp, decide).lineage
+        if self.stage + 1 < self.swarm.world.stages:
+            self._down(lambda: self.swarm.nodes[self.stage + 1].decided(stamp, decide))
+        self.drive(Decided(decide, stamp.key))
+
+    def _down(self, deliver: Callable[[], None], taken: Callable[[], None] | None = None, size: float = 0.0) -> None:
+        self.swarm.down[self.stage].post(deliver, taken, size)
+
+
+class Swarm:
+    """All stages, the links between them, stage 0's lead and a sampler, on one virtual clock."""
+
+    def __init__(self, w: World, clock: int, stop_at: float | None, before: Swarm | None) -> None:
+        self.world, self.rng = w, random.Random(f"clock {w.seed} {clock}")
+        state = LeadState() if before is None else LeadState.from_json(json.loads(before.saved))
+        state.published = state.tick  # as the process does when it takes up a checkpoint
+        self.now = 0.0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = itertools.count()
+        self.lead = Lead(w.plan, state)
+        position = Position(self.lead.state.tick, self.lead.state.lineage)
+        self.nodes = [Node(self, stage, position) for stage in range(w.stages)]
+        self.speed = [self.rng.choice((0.0, 1.0, 1.0, 8.0)) for _ in range(w.stages)]
+        links = [(self.rng.choice((0.0, 1.0, 20.0)), self.rng.choice((0.0, 1.0, 30.0))) for _ in range(2 * w.stages)]
+        self.down = [Link(self, *links[2 * i]) for i in range(w.stages - 1)]
+        self.up = [Link(self, *links[2 * i + 1]) for i in range(w.stages - 1)]
+        self.referee = Referee(w.stages)
+        self.round_active = False
+        self.stamps: list[Stamp] = []
+        self.decisions: list[Decide] = []
+        self.newest_batch = state.next_batch - 1  # the last one begun
+        self.ahead = self.in_stock_is_old = False  # one is ordered, or waits
+        self.held_basis, self.dropped = state.basis_version, 0
+        self._dropped_before = state.dropped
+        self.delivered: Counter[int] = Counter()
+        self.saved = ""
+        if stop_at is not None:
+            self.at(stop_at, self._stop)
+
+    def at(self, when: float, work: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (when, next(self._count), work))
+
+    def later(self, scale: float, work: Callable[[], None]) -> None:
+        self.at(self.now + scale * self.rng.random(), work)
+
+    def run(self) -> Swarm:
+        """To the end, with everything checked that must hold there."""
+        self.advance()
+        for _ in range(MOST_EVENTS):
+            if not self._events:
+                break
+            self.now, _, work = heapq.heappop(self._events)
+            work()
+        assert not self._events, "the run does not end"
+        waiting = [node.schedule.waiting_for() for node in self.nodes]
+        assert all(node.schedule.idle for node in self.nodes), f"deadlock; stages wait for {waiting}"
+        assert self.lead.finished and self.decisions[-1].stop and self.decisions[-1].checkpoint
+        assert not any(decide.stop for decide in self.decisions[:-1])
+        for node, applied in zip(self.nodes, self.referee.applied, strict=True):
+            assert [decide for _, decide in applied] == self.decisions
+            assert (node.position.tick, node.position.lineage) == (self.lead.state.tick, self.lead.state.lineage)
+            assert not node.arrived, "a frame that nobody has used"
+        assert self.referee.unsent == [0] * self.world.stages
+        assert self.lead.state.dropped == self._dropped_before + self.dropped
+        return self
+
+    # What worker.py and leader.py do on stage 0 ------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        self._order()
+        if self.round_active or not self.nodes[0].schedule.idle or self.lead.finished:
+            return
+        hold = self.lead.hold()
+        if hold is not None:
+            self.referee.happened["hold"] += 1
+            self._announce(Stamp(epoch=1, tick=self.lead.state.tick), hold)
+            return
+        dropped = self.lead.state.dropped
+        stock = self.lead.next_batch(self.held_basis)
+        if self.lead.state.dropped > dropped:
+            assert stock is None and self.in_stock_is_old, "a batch was dropped that is not too old"
+            self.dropped, self.ahead = self.dropped + 1, False
+            self._order()
+        if stock is not None:
+            assert not self.in_stock_is_old, "a batch was begun that is too old"
+            assert stock.batch == self.newest_batch + 1, "a batch was left out"
+            self.newest_batch, self.ahead = stock.batch, False
+            self._order()
+        stamp = self.lead.next_round()
+        if stamp is not None:
+            assert stamp.basis_version <= self.held_basis
+            self.round_active = True
+            self.stamps.append(stamp)
+            self.nodes[0].begin(stamp)
+
+    def _order(self) -> None:
+        order = self.lead.next_order()
+        if order is None:
+            return
+        current = self.lead.state.current
+        assert current is None or self.world.plan.overlap, "lockstep, and ordered before the batch has ended"
+        assert not self.ahead, "more than one batch ahead"
+        left = self.world.plan.ticks - self.lead.state.tick
+        assert not self.world.plan.ticks or left > len(self.lead.state.plan), "ordered, and no tick is left for it"
+        assert order.batch == self.newest_batch + 1, "not exactly the next batch"
+        assert order.generate and order.weight_version <= self.lead.state.tick
+        assert order.evaluate == (self.world.plan.eval_every > 0 and order.batch % self.world.plan.eval_every == 0)
+        self.ahead = True
+        self.later(60.0, lambda: self._deliver(order))
+
+    def _deliver(self, order: Order) -> None:
+        if order.batch >= self.world.batches:
+            self.lead.sampler_exhausted()
+        else:
+            self.delivered[order.batch] += 1
+            limit, tick = self.world.plan.staleness_limit, self.lead.state.tick
+            old = self.world.too_old(order.batch) and self.delivered[order.batch] == 1 and tick > limit
+            version = tick - limit - 1 if old else order.weight_version
+            self.lead.accept(Stock(order.batch, version, self.world.microbatches(order.batch)))
+            self.in_stock_is_old = old
+        self.advance()
+
+    def _stop(self) -> None:
+        if not self.lead.finished:
+            self.lead.stop_requested = True
+            self.referee.happened[f"stop with round {self.round_active}"] += 1
+            self.advance()
+
+    def decide(self, stamp: Stamp, votes: list[tuple[float, int]], gated: bool) -> None:
+        assert len(votes) == self.world.stages
+        self.held_basis = min(basis for _, basis in votes)
+        norms = [norm for norm, _ in votes]
+        self._announce(stamp, self.lead.decide(stamp, norms, 0.5, gated))
+
+    def _announce(self, stamp: Stamp, decide: Decide) -> None:
+        assert not self.decisions or not self.decisions[-1].stop, "a decision after the last"
+        assert not self.lead.stop_requested or decide.stop, "a stop was asked for and this decision is not the last"
+        self.decisions.append(decide)
+        self.referee.happened[f"{Outcome(decide.outcome).name} {decide.reason}"] += 1
+        self.round_active = True
+        self.nodes[0].decided(stamp, decide)
+
+
+@pytest.fixture
+def simulate() -> Callable[..., Swarm]:
+    """simulate(world, clock=0, stop_at=None, before=None) -> the swarm after its run; `before` is one to go on from."""
+
+    def run(w: World, *, clock: int = 0, stop_at: float | None = None, before: Swarm | None = None) -> Swarm:
+        return Swarm(w, clock, stop_at, before).run()
+
+    return run
+
+
+@pytest.fixture
+def world() -> Callable[[int], World]:
+    """world(seed) -> a random plan, number of stages, and what the sampler will deliver."""
+    return make_world

@@ -1,0 +1,113 @@
+"""The roster: who gets a place, who is told what, and when everything is there."""
+
+from __future__ import annotations
+
+import pytest
+
+from anchor_node.roster import Roster
+from swarm_core.wire.errors import BadFrame, ManifestMismatch, Refused, StageOutOfRange, StageTaken
+from swarm_core.wire.messages import PROTOCOL, Hello, Ready, Saved
+
+DIGEST, PRINT = "aa" * 32, "bb" * 32
+READY = Ready(10, 40, PRINT)
+
+
+def hello(stage: int, **fields: object) -> Hello:
+    return Hello(role="stage", stage=stage, address=f"host{stage}:70", **fields)  # type: ignore[arg-type]
+
+
+def full(stages: int = 3) -> Roster:
+    roster = Roster(stages, DIGEST, PRINT)
+    for stage in range(stages):
+        roster.is_ready(roster.join(hello(stage)), READY)
+    return roster
+
+
+def test_the_swarm_is_complete_with_the_last_ready_in_any_order() -> None:
+    roster = Roster(3, DIGEST, PRINT)
+    assert roster.missing() == [0, 1, 2]
+    members = [roster.join(hello(stage)) for stage in (2, 0, 1)]
+    assert roster.missing() == [0, 1, 2]
+    assert [roster.is_ready(member, READY) for member in members] == [False, False, True]
+    assert roster.started and roster.missing() == []
+    assert roster.addresses() == ["host0:70", "host1:70", "host2:70"]
+
+
+def test_ready_without_the_others_is_not_complete() -> None:
+    roster = Roster(2, DIGEST, PRINT)
+    assert not roster.is_ready(roster.join(hello(1)), READY)
+    assert not roster.started and roster.missing() == [0]
+
+
+def test_a_taken_stage_names_its_holder_and_what_is_free() -> None:
+    roster = Roster(3, DIGEST, PRINT)
+    roster.join(hello(1))
+    with pytest.raises(StageTaken, match=r"^stage 1 is already held by host1:70; free: 0, 2$"):
+        roster.join(hello(1))
+    with pytest.raises(StageTaken, match="every stage is held"):
+        full().join(hello(0))
+
+
+@pytest.mark.parametrize("stage", [3, 2**32 - 1])
+def test_a_stage_that_does_not_exist(stage: int) -> None:
+    with pytest.raises(StageOutOfRange, match=rf"^stage {stage} does not exist: this run has stages 0 to 2 \(run.toml"):
+        Roster(3, DIGEST, PRINT).join(hello(stage))
+
+
+def test_another_protocol_is_told_both_numbers_and_comes_first() -> None:
+    with pytest.raises(ManifestMismatch, match=f"speaks protocol 7, this anchor {PROTOCOL}: install the same version"):
+        Roster(3, DIGEST, PRINT).join(hello(99, protocol=7, manifest_digest="cc"))
+
+
+def test_another_digest_is_told_both_and_what_to_do() -> None:
+    roster = Roster(3, DIGEST, PRINT)
+    with pytest.raises(ManifestMismatch, match=r"digest is a{12}\.\.\., the worker wants c{12}\.\.\..*--out folder"):
+        roster.join(hello(0, manifest_digest="cc" * 32))
+    assert roster.members == {}
+    roster.join(hello(0, manifest_digest=DIGEST))
+    roster.join(hello(1))  # expects nothing
+
+
+def test_another_checkpoint_is_told_both_fingerprints() -> None:
+    roster = Roster(1, DIGEST, PRINT)
+    member = roster.join(hello(0))
+    with pytest.raises(ManifestMismatch, match=r"fingerprint d{12}\.\.\., the anchor's is b{12}\.\.\..*--model"):
+        roster.is_ready(member, Ready(1, 4, "dd" * 32))
+    assert member.ready is None and not roster.started
+
+
+def test_every_refusal_is_one_line() -> None:
+    roster = full()
+    for wrong in (hello(0), hello(9), hello(0, protocol=0), hello(0, manifest_digest="x")):
+        with pytest.raises(Refused) as caught:
+            roster.join(wrong)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_place_that_was_left_is_free_again_and_only_its_holder_leaves_it() -> None:
+    roster = Roster(2, DIGEST, PRINT)
+    first = roster.join(hello(0))
+    roster.leave(first)
+    second = roster.join(hello(0))
+    roster.leave(first)  # late, of a connection that is long gone
+    assert roster.members == {0: second}
+
+
+def test_a_checkpoint_is_complete_with_its_last_shard_whatever_comes_in_between() -> None:
+    roster = full()
+    old, new = ([Saved(t, f"tick-{t}", f"s{i}", f"d{i}", i) for i in range(3)] for t in (10, 20))
+    assert roster.saved(0, old[0]) is None
+    assert roster.saved(0, new[0]) is None
+    assert roster.saved(1, old[1]) is None
+    assert roster.saved(1, old[1]) is None  # the same once more
+    assert roster.saved(2, old[2]) == dict(enumerate(old))
+    assert roster.saved(2, new[2]) is None
+    assert roster.saved(1, new[1]) == dict(enumerate(new))
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("", "s"), ("../x", "s"), ("a/b", "s"), ("..", "s"), (".hidden", "s"), ("tick-1", "../s")]
+)
+def test_a_checkpoint_name_that_leaves_its_folder_is_refused(name: str, file: str) -> None:
+    with pytest.raises(BadFrame, match="stage 1 names a checkpoint"):
+        full().saved(1, Saved(1, name, file, "d", 1))

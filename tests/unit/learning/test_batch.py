@@ -1,0 +1,126 @@
+"""A batch as stages work on it: slices, microbatches, and the columns that belong to each."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from swarm_core.learning.batch import Batch, make_batch
+from swarm_core.learning.errors import MicrobatchError
+from swarm_core.learning.microbatch import Sample, split_microbatches
+
+
+def sample(rng: random.Random, masked: bool = True) -> Sample:
+    p, c = rng.randint(1, 9), rng.randint(1, 7)
+    ids = torch.tensor([rng.randrange(1000) for _ in range(p + c)])
+    mask = torch.tensor([rng.random() < 0.7 for _ in range(c)]) if masked else None
+    return Sample(ids[:p], ids[p:], rng.gauss(0, 1), -torch.rand(c, generator=_generator(rng)), mask_C=mask)
+
+
+def _generator(rng: random.Random) -> torch.Generator:
+    return torch.Generator().manual_seed(rng.randrange(1 << 30))
+
+
+def make(seed: int, counts: tuple[int, ...], size: int = 3) -> tuple[Batch, list[list[Sample]]]:
+    rng = random.Random(seed)
+    parts = [[sample(rng, masked=i % 2 == 0) for i in range(count)] for count in counts]
+    return make_batch(7, 5, parts, [10 * n for n in counts], [n + 2 for n in counts], size), parts
+
+
+def by_length(part: list[Sample]) -> list[Sample]:
+    return sorted(part, key=lambda s: len(s.prompt_ids) + len(s.completion_ids))
+
+
+COUNTS = [(4,), (3, 3), (5, 0, 1), (0, 2), (0,), (0, 0), (7, 1, 9)]
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_microbatches_are_those_of_the_samples_slice_by_slice(counts: tuple[int, ...], size: int) -> None:
+    batch, parts = make(1, counts, size)
+    assert batch.microbatches == tuple(-(-n // size) for n in counts)
+    assert (batch.slice_tokens, batch.slice_sequences) == ([10 * n for n in counts], [n + 2 for n in counts])
+    for index, part in enumerate(parts):
+        for m, wanted in enumerate(split_microbatches(by_length(part), size) if part else []):
+            got = batch.microbatch(index, m)
+            assert got.layout == wanted.layout == batch.layout(index, m)
+            assert wanted.ids_BT is not None and torch.equal(batch.ids(index, m), wanted.ids_BT)
+            for name in ("targets_M", "advantages_M", "active_M", "sampler_logprobs_M"):
+                assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+            assert got.old_logprobs_M is None and batch.reference(index, m) is None
+
+
+def test_sequences_of_equal_length_keep_their_order() -> None:
+    one = torch.tensor([1])
+    equal = [Sample(one, torch.tensor([i]), 1.0, torch.zeros(1)) for i in range(5)]
+    assert make_batch(0, 0, [equal], [5], [5], 2).targets_M.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("counts", [(5, 0, 4), (3, 3)])
+def test_the_score_pass_counts_through_all_slices(counts: tuple[int, ...]) -> None:
+    batch, _ = make(2, counts, 2)
+    places = [batch.place(n) for n in range(sum(batch.microbatches))]
+    assert places == [(i, m) for i, count in enumerate(batch.microbatches) for m in range(count)]
+    with pytest.raises(MicrobatchError, match="batch 7 has no"):
+        batch.place(sum(batch.microbatches))
+
+
+def test_old_and_reference_log_probs_come_back_where_they_were_kept() -> None:
+    batch, _ = make(3, (4, 0, 5), 2)
+    generator = torch.Generator().manual_seed(0)
+    kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    for n in reversed(range(sum(batch.microbatches))):
+        place = batch.place(n)
+        targets = batch.layout(*place).targets
+        old, reference = torch.randn(2, targets, generator=generator)
+        old.requires_grad_()
+        batch.keep_old(*place, old)
+        batch.keep_reference(*place, reference)
+        kept[place] = (old.detach(), reference)
+    assert batch.old_logprobs_M is not None and not batch.old_logprobs_M.requires_grad
+    for place, (old, reference) in kept.items():
+        got = batch.microbatch(*place).old_logprobs_M
+        found = batch.reference(*place)
+        assert got is not None and torch.equal(got, old)
+        assert found is not None and torch.equal(found, reference)
+
+
+def test_log_probs_that_nobody_has_kept_are_nan_and_not_zero() -> None:
+    batch, _ = make(4, (4,), 2)
+    batch.keep_old(0, 0, torch.zeros(batch.layout(0, 0).targets))
+    old = batch.microbatch(0, 1).old_logprobs_M
+    assert old is not None and old.isnan().all()
+
+
+def test_only_stage_0_has_token_ids() -> None:
+    batch, _ = make(5, (2,))
+    later = replace(batch, ids_N=None)
+    with pytest.raises(MicrobatchError, match="only stage 0"):
+        later.ids(0, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"slices": []},
+        {"slices": [0, 2, 1, 4]},
+        {"slices": [1, 2, 4]},
+        {"slices": [0, 2, 3]},
+        {"slices": [0, 4]},
+        {"completion_lengths": [1]},
+        {"advantages": [1.0] * 5},
+        {"slice_tokens": [1]},
+        {"slice_sequences": [1, 2, 3]},
+        {"targets_M": torch.zeros(1, dtype=torch.int64)},
+        {"sampler_logprobs_M": torch.zeros(99)},
+        {"active_M": torch.zeros(0, dtype=torch.bool)},
+    ],
+)
+def test_columns_that_do_not_fit_together_are_refused(change: dict[str, Any]) -> None:
+    batch, _ = make(6, (2, 2))
+    with pytest.raises(MicrobatchError):
+        replace(batch, **change)

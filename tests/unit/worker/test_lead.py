@@ -1,0 +1,293 @@
+"""The lead by itself: plan, orders, staleness, decisions, stop and the state that a checkpoint keeps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from swarm_core.wire.errors import BadFrame
+from swarm_core.wire.messages import Decide, Mode, Outcome
+from swarm_worker.lead import Lead, LeadPlan, LeadState, Stock, lineage_hash
+from swarm_worker.schedule import Stamp
+
+PLAN = LeadPlan(
+    ticks=0, max_reuse=3, staleness_limit=6, overlap=True, eval_every=0, checkpoint_every=0, reference=False
+)
+
+
+def lead(**changes: Any) -> Lead:
+    return Lead(replace(PLAN, **changes))
+
+
+def supply(lead: Lead, *microbatches: int, basis: int = 0) -> None:
+    """Order a batch, deliver it and start on it."""
+    order = lead.next_order()
+    assert order is not None
+    lead.accept(Stock(order.batch, order.weight_version, microbatches))
+    assert lead.next_batch(basis) is not None
+
+
+def tick(lead: Lead, *, gated: bool = False, norm: float = 1.0) -> tuple[list[Stamp], Decide]:
+    """Rounds up to and with the next tick, and its decision."""
+    stamps = []
+    while True:
+        stamp = lead.next_round()
+        assert stamp is not None
+        stamps.append(stamp)
+        if stamp.mode is Mode.TRAIN:
+            return stamps, lead.decide(stamp, [1.0, norm], 0.25, gated)
+
+
+def rounds(lead: Lead) -> list[tuple[str, int, int, int]]:
+    """(mode, pass, slice, microbatches) until the batch ends."""
+    found = []
+    while lead.state.current is not None:
+        stamps, _ = tick(lead)
+        found += [(s.mode.name, s.pass_, s.slice, s.microbatches) for s in stamps]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "max_reuse", "wanted"),
+    [
+        ((2, 3), 1, ["S005", "T102", "T113"]),
+        ((4,), 1, ["T104"]),  # one tick: the ratio is 1, nothing to score
+        ((4,), 2, ["S004", "T104", "T204"]),
+        ((2, 0), 3, ["S002", "T102", "T110", "T202", "T302"]),
+        ((0, 2), 2, ["S002", "T100", "T112", "T212"]),
+        ((0, 0), 3, ["T100", "T110"]),
+        ((0,), 4, ["T100"]),
+        ((0, 3), 1, ["S003", "T100", "T113"]),
+    ],
+)
+def test_the_plan_of_a_batch(microbatches: tuple[int, ...], max_reuse: int, wanted: list[str]) -> None:
+    subject = lead(max_reuse=max_reuse)
+    supply(subject, *microbatches)
+    assert [f"{mode[0]}{p}{i}{m}" for mode, p, i, m in rounds(subject)] == wanted
+    assert subject.state.tick == sum(text[0] == "T" for text in wanted)
+    assert subject.next_round() is None
+
+
+def test_the_reference_pass_comes_before_the_score_pass_once() -> None:
+    subject = lead(reference=True, max_reuse=2)
+    supply(subject, 2, 1)
+    assert [mode for mode, *_ in rounds(subject)] == ["REFERENCE", "SCORE", "TRAIN", "TRAIN", "TRAIN", "TRAIN"]
+    supply(subject, 0, 0)
+    assert [mode for mode, *_ in rounds(subject)] == ["TRAIN", "TRAIN"]
+    single = lead(reference=True, max_reuse=1)
+    supply(single, 2)
+    assert [mode for mode, *_ in rounds(single)] == ["REFERENCE", "TRAIN"]
+
+
+def test_the_gate_ends_the_reuse_of_a_batch_at_once() -> None:
+    subject = lead()
+    supply(subject, 1, 1)
+    tick(subject)
+    tick(subject)
+    stamps, decide = tick(subject, gated=True)
+    assert (stamps[-1].pass_, stamps[-1].slice) == (2, 0)
+    assert (decide.outcome, decide.reason, decide.coefficient) == (Outcome.SKIP, "gate", 0.0)
+    assert decide.end_of_batch and decide.publish and not decide.stop
+    assert subject.state.current is None and subject.state.plan == []
+    assert (subject.state.tick, subject.state.step, subject.state.published) == (3, 2, 3)
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_a_norm_that_is_no_number_skips_the_tick_and_ends_the_batch(norm: float) -> None:
+    subject = lead()
+    supply(subject, 1, 1)
+    _, decide = tick(subject, norm=norm)
+    assert (decide.outcome, decide.reason, decide.coefficient) == (Outcome.SKIP, "nonfinite", 0.0)
+    assert decide.end_of_batch and subject.next_round() is None
+    supply(subject, 1, 1)
+    stamps, decide = tick(subject)
+    assert (stamps[-1].batch, stamps[-1].tick, stamps[-1].step) == (1, 1, 0)
+    assert (decide.outcome, decide.coefficient) == (Outcome.COMMIT, 0.25)
+
+
+def test_every_decision_moves_the_lineage_and_only_a_commit_the_step() -> None:
+    subject = lead(max_reuse=1)
+    supply(subject, 1, 0, 1)
+    lineage = 0
+    for outcome, norm in ((Outcome.COMMIT, 1.0), (Outcome.SKIP, 1.0), (Outcome.SKIP, float("nan"))):
+        stamps, decide = tick(subject, norm=norm)
+        assert decide.outcome == outcome and stamps[-1].lineage == lineage
+        lineage = lineage_hash(lineage, 1, 0, outcome)
+        assert subject.state.lineage == lineage
+    assert (subject.state.tick, subject.state.step) == (3, 1)
+
+
+def test_lineages_tell_histories_apart() -> None:
+    chains = {lineage_hash(p, e, a, o) for p in (0, 1) for e in (1, 2) for a in (0, 1) for o in Outcome}
+    assert len(chains) == 2 * 2 * 2 * len(Outcome) and all(0 <= c < 2**64 for c in chains)
+
+
+def test_with_overlap_the_next_batch_is_ordered_when_this_one_starts_and_no_further() -> None:
+    subject = lead(eval_every=2)
+    first = subject.next_order()
+    assert first is not None and (first.batch, first.weight_version, first.evaluate) == (0, 0, True)
+    assert subject.next_order() is None
+    subject.accept(Stock(0, 0, (1,)))
+    assert subject.next_order() is None  # one waits
+    subject.next_batch(0)
+    second = subject.next_order()
+    assert second is not None and (second.batch, second.weight_version, second.evaluate) == (1, 0, False)
+    subject.accept(Stock(1, 0, (1,)))
+    assert subject.next_order() is None and subject.next_batch(0) is None  # batch 0 is under way
+    rounds(subject)
+    subject.next_batch(0)
+    third = subject.next_order()
+    assert third is not None and (third.batch, third.weight_version, third.evaluate) == (2, 3, True)
+
+
+def test_in_lockstep_a_batch_is_ordered_when_the_last_one_has_ended() -> None:
+    subject = lead(overlap=False, max_reuse=2)
+    supply(subject, 1)
+    tick(subject)
+    assert subject.next_order() is None
+    tick(subject)
+    order = subject.next_order()
+    assert order is not None and (order.batch, order.weight_version) == (1, 2)
+
+
+def test_a_batch_too_old_is_dropped_counted_and_ordered_again() -> None:
+    subject = lead(staleness_limit=2, overlap=False, max_reuse=3)
+    supply(subject, 1)
+    rounds(subject)
+    for version, taken in ((0, False), (0, False), (1, True)):
+        order = subject.next_order()
+        assert order is not None and (order.batch, order.weight_version) == (1, 3)
+        subject.accept(Stock(1, version, (1,)))
+        assert (subject.next_batch(0) is not None) is taken
+    assert subject.state.dropped == 2 and subject.age == 2
+
+
+def test_what_counts_is_the_age_at_first_use_not_on_arrival() -> None:
+    subject = lead(staleness_limit=2, max_reuse=3)
+    supply(subject, 1)
+    order = subject.next_order()
+    assert order is not None
+    subject.accept(Stock(1, 0, (1,)))  # young enough, but three ticks are still to come
+    rounds(subject)
+    assert subject.next_batch(0) is None and subject.state.dropped == 1
+    again = subject.next_order()
+    assert again is not None and (again.batch, again.weight_version) == (1, 3)
+
+
+def test_no_batch_is_ordered_that_could_not_be_used() -> None:
+    subject = lead(ticks=3, max_reuse=3)
+    supply(subject, 1)
+    assert subject.next_order() is None  # this batch reaches the last tick
+    tick(subject)
+    assert subject.next_order() is None
+    tick(subject, gated=True)  # or it would have
+    order = subject.next_order()
+    assert order is not None and order.batch == 1
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_a_batch_that_nobody_ordered_is_refused_and_the_order_stands(batch: int) -> None:
+    subject = lead()
+    subject.next_order()
+    with pytest.raises(BadFrame, match=f"batch {batch} arrived; ordered was 0"):
+        subject.accept(Stock(batch, 0, (1,)))
+    subject.accept(Stock(0, 0, (1,)))
+    with pytest.raises(BadFrame, match="ordered was None"):
+        subject.accept(Stock(0, 0, (1,)))
+
+
+def test_a_batch_is_pinned_to_the_newest_basis_held_and_never_to_an_older_one() -> None:
+    subject = lead(max_reuse=1)
+    pinned = []
+    for held in (0, 4, 2, 5):
+        supply(subject, 1, basis=held)
+        pinned.append(tick(subject)[0][-1].basis_version)
+    assert pinned == [0, 4, 4, 5]
+
+
+def test_a_stop_in_the_middle_of_a_batch_comes_with_the_next_decision() -> None:
+    subject = lead()
+    supply(subject, 1, 1)
+    stamp = subject.next_round()
+    assert stamp is not None and stamp.mode is Mode.SCORE
+    stamp = subject.next_round()
+    assert stamp is not None
+    subject.stop_requested = True
+    decide = subject.decide(stamp, [1.0], 1.0, False)
+    assert (decide.stop, decide.checkpoint, decide.publish, decide.end_of_batch) == (True, True, True, False)
+    assert subject.finished and subject.hold() is None
+    assert subject.next_round() is None and subject.next_order() is None
+    assert subject.state.current is not None and len(subject.state.plan) == 5
+
+
+def test_a_stop_without_a_tick_under_way_is_a_hold_once() -> None:
+    subject = lead()
+    assert subject.hold() is None
+    subject.stop_requested = True
+    hold = subject.hold()
+    assert hold == Decide(outcome=Outcome.HOLD, publish=True, checkpoint=True, stop=True)
+    assert subject.hold() is None and subject.finished
+
+
+def test_the_last_tick_stops_and_a_run_that_is_over_holds() -> None:
+    subject = lead(ticks=2, checkpoint_every=1)
+    supply(subject, 1)
+    assert [tick(subject)[1].stop for _ in range(2)] == [False, True]
+    again = Lead(replace(PLAN, ticks=2), subject.state)
+    assert again.next_order() is None
+    hold = again.hold()
+    assert hold is not None and hold.stop
+
+
+def test_checkpoints_come_every_so_many_ticks() -> None:
+    subject = lead(checkpoint_every=2)
+    supply(subject, 1, 1)
+    assert [tick(subject)[1].checkpoint for _ in range(6)] == [False, True] * 3
+
+
+def test_an_exhausted_sampler_ends_the_run_after_what_is_there() -> None:
+    subject = lead(max_reuse=1)
+    supply(subject, 1)
+    assert subject.next_order() is not None
+    subject.sampler_exhausted()
+    assert subject.hold() is None  # a batch is under way
+    assert not tick(subject)[1].stop
+    assert subject.next_order() is None
+    hold = subject.hold()
+    assert hold is not None and hold.stop and hold.checkpoint
+
+
+def test_what_waits_at_a_stop_is_drawn_again() -> None:
+    subject = lead()
+    supply(subject, 1)
+    order = subject.next_order()
+    assert order is not None
+    subject.accept(Stock(order.batch, order.weight_version, (1,)))
+    resumed = Lead(PLAN, LeadState.from_json(json.loads(json.dumps(subject.state.to_json()))))
+    again = resumed.next_order()
+    assert again is not None and again.batch == order.batch
+
+
+@pytest.mark.parametrize("ticks_before", range(13))
+def test_the_state_goes_through_json_in_the_middle_of_everything(ticks_before: int) -> None:
+    def play(subject: Lead, until: int) -> list[object]:
+        seen: list[object] = []
+        while subject.state.tick < until:
+            if subject.state.current is None:
+                batch = subject.state.next_batch
+                supply(subject, *((2, 0, 1), (1, 1), (0, 0), (3,))[batch % 4], basis=batch)
+            at = subject.state.tick
+            stamps, decide = tick(subject, gated=at == 8, norm=float("nan") if at == 3 else 1.0)
+            seen += [*stamps, decide]
+        return seen
+
+    undisturbed = play(lead(reference=True), 13)
+    first = lead(reference=True)
+    seen = play(first, ticks_before)
+    text = json.dumps(first.state.to_json())
+    second = Lead(first.plan, LeadState.from_json(json.loads(text)))
+    assert second.state == first.state
+    assert seen + play(second, 13) == undisturbed

@@ -1,0 +1,129 @@
+"""Shards: whole or absent, bit for bit, and one readable line when they are not what was asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from swarm_worker import shard as shards
+from swarm_worker.shard import Shard, ShardError, clone_all, read_shard, select, shard_name, write_shard
+
+META = {"tick": 12, "lineage": 2**64 - 1, "lead": None, "gate": {"increments": [0.1, 1e-300]}, "word": "é"}
+
+
+def example() -> Shard:
+    generator = torch.Generator().manual_seed(5)
+    tensors = {
+        "model.layers.0.weight": torch.randn(4, 6, generator=generator).T,  # not contiguous
+        "optimizer.a.exp_avg": torch.randn(3, generator=generator, dtype=torch.float64),
+        "batch.0.ids_N": torch.arange(7),
+        "batch.0.active_M": torch.tensor([True, False]),
+        "bf16": torch.randn(2, 2, generator=generator).to(torch.bfloat16),
+        "empty": torch.empty(0, 5),
+        "scalar": torch.tensor(float("nan")),
+        "grad": torch.ones(2, requires_grad=True),
+    }
+    return Shard(tensors, META)
+
+
+def test_a_shard_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "tick-00000012" / shard_name(1, 3)
+    digest, size = write_shard(path, example())
+    assert (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size) == (digest, size)
+    back = read_shard(path, digest)
+    assert back.meta == META
+    assert set(back.tensors) == set(example().tensors)
+    for name, tensor in example().tensors.items():
+        assert back.tensors[name].dtype == tensor.dtype and back.tensors[name].shape == tensor.shape
+        assert torch.equal(back.tensors[name].nan_to_num(7.0), tensor.nan_to_num(7.0)), name
+    assert read_shard(path).meta == META  # without a digest too
+    assert write_shard(path, example()) == (digest, size)  # equal states are equal bytes
+
+
+def test_names_sort_by_stage() -> None:
+    assert shard_name(2, 12) == "stage-02-of-12.safetensors"
+
+
+def test_nothing_half_written_is_ever_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c" / shard_name(0, 1)
+    digest, _ = write_shard(path, example())
+
+    def crash(descriptor: int) -> None:
+        assert path.exists()
+        raise OSError("no power")
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(OSError, match="no power"):
+        write_shard(path, Shard({"other": torch.zeros(3)}, {}))
+    monkeypatch.undo()
+    assert read_shard(path, digest).meta == META
+    assert write_shard(path, example())[0] == digest  # what the crash left does not stand in the way
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_missing_shard_says_where_it_must_lie(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="no such shard; this stage's shard must lie below the worker's --out"):
+        read_shard(tmp_path / "none.safetensors")
+
+
+def test_a_shard_of_another_digest_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    digest, _ = write_shard(path, example())
+    with pytest.raises(ShardError, match=f"sha256 is {digest[:12]}.*the index says 000000000000.*damaged"):
+        read_shard(path, "0" * 64)
+
+
+@pytest.mark.parametrize("at", [0, 9, 60, -1])
+def test_a_changed_bit_is_found(tmp_path: Path, at: int) -> None:
+    path = tmp_path / "s.safetensors"
+    digest, _ = write_shard(path, example())
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ShardError, match="damaged"):
+        read_shard(path, digest)
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "cut", "noise", "no metadata", "metadata", "folder"])
+def test_an_unreadable_file_is_one_line(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "s.safetensors"
+    write_shard(path, example())
+    data = path.read_bytes()
+    match damage:
+        case "empty":
+            path.write_bytes(b"")
+        case "short":
+            path.write_bytes(data[:5])
+        case "cut":
+            path.write_bytes(data[:-3])
+        case "noise":
+            path.write_bytes(bytes(range(256)))
+        case "no metadata":
+            shards.save_file({"a": torch.zeros(1)}, path)
+        case "metadata":
+            shards.save_file({"a": torch.zeros(1)}, path, metadata={"kedge": "{"})
+        case "folder":
+            path.unlink()
+            path.mkdir()
+    with pytest.raises(ShardError) as caught:
+        read_shard(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_select_takes_one_name_and_not_its_namesakes() -> None:
+    tensors = {
+        name: torch.zeros(1) for name in ("batch.1.ids_N", "batch.1.a.b", "batch.10.ids_N", "batch.1", "xbatch.1.c")
+    }
+    assert set(select(tensors, "batch.1")) == {"ids_N", "a.b"}
+
+
+def test_clones_do_not_move_with_training() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    clone = clone_all({"w": weight})["w"]
+    with torch.no_grad():
+        weight += 1
+    assert clone.tolist() == [1, 1] and not clone.requires_grad

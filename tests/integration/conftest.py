@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shutil
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from swarm_worker.sampler.process import SamplerArguments, serve_rollouts
 from swarm_worker.stage_process import StageArguments, hold_stage
 
 VOCAB = 48
+SHIPPED_MODEL = Path(__file__).parents[2] / "examples" / "tiny" / "model"
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +49,8 @@ def make_model(family: str, to: Path) -> Path:
         initializer_range=0.2,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(to)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(SHIPPED_MODEL / name, to)  # fewer tokens than VOCAB, which calibration does not mind
     return to
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,10 @@ from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
 from anchor_node.export import export_run
+from swarm_core.wire.frames import Frame, Header
+from swarm_core.wire.ledger import Ledger
+from swarm_core.wire.messages import FrameKind, Hello, Ready, Stop, to_bytes
+from swarm_core.wire.streams import dial
 
 Recipe = Any
 TICKS = 20
@@ -116,3 +121,39 @@ def test_resume_equals_an_undisturbed_run(
     journals = [(tmp_path / run / "journal.jsonl").read_text() for run in ("whole", "parts")]
     assert journals[0] == journals[1]
     assert len(journals[0].splitlines()) == TICKS
+
+
+@pytest.mark.parametrize("every", [0, 1], ids=["no-checkpoint-before", "stopped-on-a-checkpoint"])
+def test_a_run_that_was_stopped_and_continued_equals_an_undisturbed_one(
+    every: int, recipe: Callable[..., Recipe], run_swarm: Callable[..., str], tmp_path: Path
+) -> None:
+    # Low-rank links with a basis that stays: when a newer one is adopted depends on the clock, and is in the journal.
+    made = recipe("llama", batches=20)
+    links = {"kind": "lowrank", "rank_forward": 8, "rank_backward": 16}
+    anchor = {"q_cadence": 0, "calibration_prompts": 1}
+    run_file = made.run_file(run={"ticks": 60}, links=links, anchor=anchor, checkpoint={"every": every})
+    run_swarm(run_file, tmp_path / "whole")
+    out = tmp_path / "parts"
+
+    async def stop(address: str) -> None:
+        while not (out / "journal.jsonl").exists() or (out / "journal.jsonl").read_text().count("\n") < 7:
+            await asyncio.sleep(0.005)
+        await ask_to_stop(address)
+
+    assert run_swarm(run_file, out, during=stop) == "stopped on request"
+    stopped_at = len((out / "journal.jsonl").read_text().splitlines())
+    assert stopped_at < 60
+    assert run_swarm(run_file, out, resume=True) == "all 60 ticks are done"
+    assert_same_bits(trained(out, tmp_path / "a"), trained(tmp_path / "whole", tmp_path / "b"))
+    assert (out / "journal.jsonl").read_text() == (tmp_path / "whole" / "journal.jsonl").read_text()
+
+
+async def ask_to_stop(address: str) -> None:
+    """What Ctrl-C on a sampler does."""
+    stream = await dial(address, "Anchor/Sample", Ledger(), "the anchor", 10.0)
+    stream.name("anchor-sampler", "up")
+    await stream.send(Frame(Header(FrameKind.HELLO), to_bytes(Hello(role="sampler"))))
+    await stream.expect(FrameKind.WELCOME)
+    await stream.send(Frame(Header(FrameKind.READY), to_bytes(Ready())))
+    await stream.send(Frame(Header(FrameKind.STOP), to_bytes(Stop(reason="a test"))))
+    await stream.finish()

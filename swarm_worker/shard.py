@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swarm_core.errors import UserError
+from swarm_core.run_folder import CHECKPOINTS, checkpoint_name
+from swarm_core.wire.messages import Saved
 
 
 class ShardError(UserError):
@@ -51,6 +54,26 @@ def write_shard(path: Path, shard: Shard) -> tuple[str, int]:
     os.fsync(folder)
     os.close(folder)
     return digest, size
+
+
+class ShardWriter:
+    """Writes one stage's shards below a run folder, each tick's once."""
+
+    def __init__(self, out: Path, stage: int, stages: int, manifest_digest: str, newest: Saved | None) -> None:
+        """`newest` is the shard that a resumed run started from."""
+        self._folder = out / CHECKPOINTS
+        self._file = shard_name(stage, stages)
+        self._digest = manifest_digest
+        self._newest = newest
+
+    def write(self, tick: int, make: Callable[[], Shard]) -> Saved:
+        """Write the shard of this tick. One that is there already stays: rewriting would tear a complete checkpoint."""
+        if self._newest is None or self._newest.tick != tick:
+            name, shard = checkpoint_name(tick), make()
+            shard.meta["manifest_digest"] = self._digest
+            digest, size = write_shard(self._folder / name / self._file, shard)
+            self._newest = Saved(tick, name, self._file, digest, size)
+        return self._newest
 
 
 def read_shard(path: Path, digest: str = "") -> Shard:

@@ -35,6 +35,7 @@ from swarm_core.wire.messages import (
 )
 from swarm_core.wire.streams import Dialled, FrameStream, dial, dialable
 from swarm_worker.compute import StageCompute
+from swarm_worker.compute_thread import ComputeThread
 from swarm_worker.device import pick_device
 from swarm_worker.headers import Position
 from swarm_worker.journal import Journal
@@ -42,7 +43,7 @@ from swarm_worker.lead import LeadState
 from swarm_worker.membership import Membership, await_start, join, read_bases
 from swarm_worker.sampler.replay import ReplayWriter, cut_record
 from swarm_worker.service import StageService
-from swarm_worker.shard import Shard, ShardError, read_shard, shard_name
+from swarm_worker.shard import Shard, ShardError, ShardWriter, read_shard, shard_name
 from swarm_worker.stage_zero import StageZero
 from swarm_worker.worker import StageWorker
 
@@ -173,20 +174,10 @@ class StageProcess:
             compute.publish(position.tick)
             self.service.offer(position.tick, compute.published[position.tick])
             log.info("continuing at tick %d from %s", position.tick, start.checkpoint)
-        return StageWorker(
-            membership.manifest,
-            membership.digest,
-            membership.run,
-            compute,
-            self._thread,
-            self.service,
-            membership.anchor,
-            below,
-            position,
-            self._stage_zero(membership, compute, state, stats) if a.stage == 0 else None,
-            a.out,
-            saved,
-        )
+        zero = self._stage_zero(membership, compute, state, stats) if a.stage == 0 else None
+        shards = ShardWriter(a.out, a.stage, membership.manifest.stages, membership.digest, saved)
+        work = ComputeThread(compute, self._thread, shards, position)
+        return StageWorker(membership, work, self.service, below, zero)
 
     def _stage_zero(
         self,

@@ -9,21 +9,16 @@ stage_zero.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Coroutine
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from codec.errors import CodecError
 from codec.spec import Direction
 from swarm_core.learning.errors import LearningError
-from swarm_core.manifest import Manifest
-from swarm_core.run_folder import CHECKPOINTS, checkpoint_name
 from swarm_core.wire.errors import BadFrame, PeerLost
 from swarm_core.wire.frames import Frame, Header, address_of
 from swarm_core.wire.messages import (
@@ -33,11 +28,9 @@ from swarm_core.wire.messages import (
     Begin,
     Decide,
     FrameKind,
-    Mode,
     Outcome,
     Report,
     Rollouts,
-    Saved,
     Sketch,
     StageVote,
     Stop,
@@ -49,9 +42,10 @@ from swarm_core.wire.outbox import Outbox
 from swarm_core.wire.rollouts import batch_data, read_batch, read_rollouts
 from swarm_core.wire.streams import FrameStream
 from swarm_worker.admission import Admission
-from swarm_worker.compute import Packet, SketchOut, StageCompute, Tally
+from swarm_worker.compute import Packet, Tally
+from swarm_worker.compute_thread import Applied, ComputeThread
 from swarm_worker.headers import Position, header_of, key
-from swarm_worker.membership import read_bases
+from swarm_worker.membership import Membership, read_bases
 from swarm_worker.schedule import (
     ActivationCame,
     Begun,
@@ -69,21 +63,11 @@ from swarm_worker.schedule import (
     VoteCame,
 )
 from swarm_worker.service import StageService
-from swarm_worker.shard import shard_name, write_shard
 from swarm_worker.stage_zero import StageZero
 
 log = logging.getLogger(__name__)
+FLUSH_S = 10.0  # for the last report
 WATCH_S = 30.0  # a tick of a large model over a slow link can take this long; nothing is decided by it
-Key = tuple[tuple[int, int, int, Mode, int], int, FrameKind]
-
-
-@dataclass(frozen=True)
-class _Applied:
-    """What came of a decision."""
-
-    position: Position
-    sketches: list[SketchOut]
-    saved: Saved | None
 
 
 class StageWorker:
@@ -91,37 +75,24 @@ class StageWorker:
 
     def __init__(
         self,
-        manifest: Manifest,
-        digest: str,
-        run: int,
-        compute: StageCompute,
-        compute_thread: ThreadPoolExecutor,
+        membership: Membership,
+        work: ComputeThread,
         service: StageService,
-        anchor: FrameStream,
         below: FrameStream | None,
-        position: Position,
         zero: StageZero | None,
-        out: Path,
-        saved: Saved | None,
     ) -> None:
-        """`saved` is the shard a resumed run started from."""
-        self.manifest, self.digest, self.run_id = manifest, digest, run
-        self.compute = compute
-        self.span = compute.span
+        self.manifest, self.run_id = membership.manifest, membership.run
+        self.work = work
+        self.span = work.compute.span
         self.service = service
-        self.position = position
         self.zero = zero
-        self.out = out
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.schedule = Schedule(self.span.stage, self.span.stages)
-        self.anchor = Outbox(anchor)
+        compute = work.compute
+        self.admission = Admission(self.span.stage, self.run_id, compute.link, work.position, compute.batches)
+        self.anchor = Outbox(membership.anchor)
         self.above: Outbox | None = None
         self.below = Outbox(below) if below is not None else None
-        self.admission = Admission(self.span.stage, run, compute.link, position, compute.batches)
-        self._saved = saved
-        self._thread = compute_thread
-        self._deliveries: deque[Callable[[], None]] = deque()
-        self._payloads: dict[Key, memoryview | bytes] = {}
         # Activations received but not yet computed on; beyond it the reader stops, and with it the sender's window.
         self._room = asyncio.Semaphore(4 * self.span.stages)
         self._tally: Tally | None = None
@@ -130,9 +101,13 @@ class StageWorker:
         self._finished = False  # the last decision has been applied
         self._basis_held = compute.newest_basis  # the newest version that every stage has voted to hold
         self._tasks: set[asyncio.Task[None]] = set()
-        self._busy_s = 0.0
         self._vote_at = time.monotonic()
         self.progress_at = time.monotonic()
+
+    @property
+    def position(self) -> Position:
+        """Where this stage stands."""
+        return self.work.position
 
     # Life --------------------------------------------------------------------------------------------------------------
 
@@ -164,7 +139,9 @@ class StageWorker:
         try:
             reason = await self.over
             self.anchor.post_report(Report(type="ledger", tick=self.position.tick))
-            await self.anchor.flush()
+            with contextlib.suppress(TimeoutError):  # the anchor may be gone before it has read everything
+                async with asyncio.timeout(FLUSH_S):
+                    await self.anchor.flush()
             return reason
         finally:
             for task in self._tasks:
@@ -215,7 +192,7 @@ class StageWorker:
         match frame.header.kind:
             case FrameKind.ACTIVATION:
                 await self._room.acquire()
-                self._payloads[(key(frame.header), frame.header.microbatch, FrameKind.ACTIVATION)] = frame.payload
+                self.work.put(key(frame.header), frame.header.microbatch, FrameKind.ACTIVATION, frame.payload)
                 self.drive(ActivationCame(key(frame.header), frame.header.microbatch))
             case FrameKind.BATCH:
                 self._post_below(frame)
@@ -223,7 +200,7 @@ class StageWorker:
                 size = self.manifest.config.swarm.microbatch_size
                 batch = read_batch(data, size, self.manifest.vocab)
                 self.admission.batches[batch.number] = batch
-                self._deliver(partial(self.compute.add_batch, batch))
+                self.work.deliver(partial(self.work.compute.add_batch, batch))
             case FrameKind.BEGIN:
                 self._post_below(frame)
                 self.drive(Begun(self.admission.stamp(frame)))
@@ -239,7 +216,7 @@ class StageWorker:
         self.admission.check(frame.header)
         match frame.header.kind:
             case FrameKind.GRADIENT:
-                self._payloads[(key(frame.header), frame.header.microbatch, FrameKind.GRADIENT)] = frame.payload
+                self.work.put(key(frame.header), frame.header.microbatch, FrameKind.GRADIENT, frame.payload)
                 self.drive(GradientCame(key(frame.header), frame.header.microbatch))
             case FrameKind.VOTE:
                 self._downstream = from_bytes(Vote, frame.payload)
@@ -254,7 +231,7 @@ class StageWorker:
                 case FrameKind.BASIS:
                     message = from_bytes(BasisSet, frame.payload)
                     bases = read_bases(message, self.manifest, self.span.stage)
-                    self._deliver(partial(self.compute.add_bases, message.version, bases))
+                    self.work.deliver(partial(self.work.compute.add_bases, message.version, bases))
                 case FrameKind.STOP:
                     stop = from_bytes(Stop, frame.payload)
                     self._stop(stop)
@@ -304,8 +281,7 @@ class StageWorker:
             self._advance()
 
     async def _compute(self, command: Compute) -> None:
-        result, busy_s = await asyncio.get_running_loop().run_in_executor(self._thread, self._timed, command)
-        self._busy_s += busy_s
+        result = await self.work.run(command, self.zero.state if self.zero is not None else None)
         stamp = command.stamp
         match command.op:
             case Op.FORWARD | Op.SCORE | Op.LOSS | Op.BACKWARD:
@@ -320,77 +296,14 @@ class StageWorker:
                 await self._applied(stamp, command.decide, result)
         self.drive(Computed())
 
-    def _deliver(self, take_in: Callable[[], None]) -> None:
-        """Give the compute thread something to take in before its next piece of work: only it touches its state."""
-        self._deliveries.append(take_in)
-
-    def _timed(self, command: Compute) -> tuple[Any, float]:
-        """On the compute thread, so that waking the two threads counts as waiting."""
-        started = time.monotonic()
-        return self._work(command), time.monotonic() - started
-
-    def _work(self, command: Compute) -> Any:
-        """On the compute thread."""
-        while self._deliveries:
-            self._deliveries.popleft()()
-        try:
-            return self._do(command)
-        except CodecError as error:
-            where = f"stage {self.span.stage}, {command.op.value} of tick {command.stamp.tick}"
-            raise BadFrame(f"{where}, microbatch {command.microbatch}: {error}") from None
-
-    def _do(self, command: Compute) -> Any:
-        stamp, microbatch = command.stamp, command.microbatch
-        match command.op:
-            case Op.FORWARD:
-                return self.compute.forward(stamp, microbatch, self._take(stamp, microbatch, FrameKind.ACTIVATION))
-            case Op.SCORE:
-                return self.compute.score(stamp, microbatch, self._take(stamp, microbatch, FrameKind.ACTIVATION))
-            case Op.LOSS:
-                return self.compute.loss(stamp, microbatch, self._take(stamp, microbatch, FrameKind.ACTIVATION))
-            case Op.BACKWARD:
-                packet = self._take(stamp, microbatch, FrameKind.GRADIENT)
-                assert packet is not None
-                return self.compute.backward(stamp, microbatch, packet)
-            case Op.TALLY:
-                return self.compute.tally(stamp)
-            case Op.APPLY:
-                assert command.decide is not None
-                return self._apply(stamp, command.decide)
-
-    def _take(self, stamp: Stamp, microbatch: int, kind: FrameKind) -> memoryview | bytes | None:
-        return self._payloads.pop((stamp.key, microbatch, kind), None)
-
-    def _apply(self, stamp: Stamp, decide: Decide) -> _Applied:
-        sketches = self.compute.apply(stamp, decide)
-        position = self.position.after(stamp, decide)
-        if decide.publish:
-            self.compute.publish(position.tick)
-        return _Applied(position, sketches, self._save(position) if decide.checkpoint else None)
-
-    def _save(self, position: Position) -> Saved:
-        if self._saved is not None and self._saved.tick == position.tick:
-            return self._saved  # a stop right after a checkpoint: rewriting would tear a complete one
-        name = checkpoint_name(position.tick)
-        file = shard_name(self.span.stage, self.span.stages)
-        meta = {
-            "manifest_digest": self.digest,
-            "tick": position.tick,
-            "lineage": position.lineage,
-            "stage_zero": self.zero.state() if self.zero is not None else None,
-        }
-        digest, size = write_shard(self.out / CHECKPOINTS / name / file, self.compute.to_shard(meta))
-        self._saved = Saved(position.tick, name, file, digest, size)
-        return self._saved
-
-    async def _applied(self, stamp: Stamp, decide: Decide, done: _Applied) -> None:
-        self.position = done.position
+    async def _applied(self, stamp: Stamp, decide: Decide, done: Applied) -> None:
         self._finished = decide.stop
         tick = done.position.tick
         if decide.end_of_batch:
             self.admission.ended(stamp.batch)
         if decide.publish:
-            await self.service.publish(tick, self.compute.published[tick], set(self.compute.published))
+            published = self.work.compute.published
+            await self.service.publish(tick, published[tick], set(published))
         for sketch in done.sketches:
             values = sketch.v_HR.contiguous().numpy().tobytes()
             rows, columns = sketch.v_HR.shape
@@ -413,10 +326,10 @@ class StageWorker:
         numbers = dict(self._tally.numbers)
         now = time.monotonic()
         wall, self._vote_at = now - self._vote_at, now
-        numbers[f"busy_s/stage_{self.span.stage}"] = self._busy_s
-        numbers[f"wait_s/stage_{self.span.stage}"] = max(0.0, wall - self._busy_s)
-        self._busy_s = 0.0
-        own = StageVote(self.span.stage, self._tally.sound, self.compute.newest_basis, self._tally.norms, numbers)
+        busy, self.work.busy_s = self.work.busy_s, 0.0
+        numbers[f"busy_s/stage_{self.span.stage}"] = busy
+        numbers[f"wait_s/stage_{self.span.stage}"] = max(0.0, wall - busy)
+        own = StageVote(self.span.stage, self._tally.sound, self.work.compute.newest_basis, self._tally.norms, numbers)
         down = self._downstream or Vote()
         vote = Vote([own, *down.votes], self._tally.gated or down.gated)
         self._tally, self._downstream = None, None
@@ -454,7 +367,7 @@ class StageWorker:
             self._report(dropped)
         if batch is not None:
             self.admission.batches[batch.number] = batch
-            self._deliver(partial(self.compute.add_batch, batch))
+            self.work.deliver(partial(self.work.compute.add_batch, batch))
             header = Header(FrameKind.BATCH, self.run_id, self.position.epoch, self.position.tick, batch=batch.number)
             self._post_below(Frame(header, to_bytes(batch_data(batch, self.manifest.vocab))))
         if batch is not None or dropped is not None:

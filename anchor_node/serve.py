@@ -122,8 +122,8 @@ def _table(config: RunConfig, manifest: Manifest, first_tick: int) -> LiveTable:
 
 def _write_run_files(arguments: ServeArguments, manifest: Manifest, model_path: Path) -> None:
     out, link = arguments.out, manifest.link()
-    text = arguments.config_path.read_text()
-    (out / "run.toml").write_text(text)
+    note = f"# {arguments.config_path} as it was read, with what the command line set; every knob, paths absolute.\n\n"
+    (out / "run.toml").write_text(note + arguments.config.to_toml())
     described = json.loads(manifest.to_json())
     described |= {
         "digest": manifest.digest(),

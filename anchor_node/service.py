@@ -73,6 +73,7 @@ class AnchorService:
         self._stages: dict[int, Outbox] = {}
         self._samplers: list[Outbox] = []
         self._owed: set[str] | None = None  # what the run still owes once it has finished: a checkpoint, an evaluation
+        self._evaluated = -1  # the weights that a sampler has last answered an evaluation for
         self._complete: set[str] = {resume.name} if resume else set()
         self._reason = "stopped before it began"
         self._draining = False
@@ -224,11 +225,14 @@ class AnchorService:
         if event == "finished":
             self._reason = report.words["message"]
             self._owed = {report.words["checkpoint"]} - self._complete
-            if report.words["evaluation"] == "yes" and self._samplers:
+            # The sampler's answer has a stream of its own, and may have been faster.
+            if report.words["evaluation"] == "yes" and self._samplers and self._evaluated < report.tick:
                 self._owed.add(EVALUATION)
             self._settle()
-        elif (report.type == "eval" or event == "no_evaluation") and report.tick >= self.tick:
-            self._settle(EVALUATION)
+        elif report.type == "eval" or event == "no_evaluation":
+            self._evaluated = report.tick
+            if report.tick >= self.tick:
+                self._settle(EVALUATION)
 
     def _take_sketch(self, sketch: Sketch) -> None:
         if self.keeper is None:

@@ -81,9 +81,21 @@ class RunConfig(Section):
         """One line of ASCII JSON: sorted keys, no spaces, every knob, so that the same config is the same bytes."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
+    def to_toml(self) -> str:
+        """A run file with every knob, which `load` reads back as this config from whatever folder it lies in."""
+        lines = []
+        for section, knobs in self.model_dump(mode="json").items():
+            lines += [f"[{section}]", *(f"{name} = {_toml(value)}" for name, value in knobs.items()), ""]
+        return "\n".join(lines)
+
     def digest(self) -> str:
         """sha256 of `canonical_json`, as 64 hex digits: of every knob, paths and names included."""
         return hashlib.sha256(self.canonical_json().encode("ascii")).hexdigest()
+
+
+def _toml(value: Any) -> str:
+    # JSON writes strings, numbers, booleans and lists of them as TOML does.
+    return json.dumps("none" if value is None else value, ensure_ascii=False)
 
 
 def _contradictions(c: RunConfig) -> Iterator[tuple[str, str, str, str]]:

@@ -359,3 +359,12 @@ def test_importing_it_brings_no_heavy_library() -> None:
     ).stdout.split()
     assert "pydantic" in loaded
     assert not {"torch", "numpy", "transformers", "grpc", "hivemind", "google"} & set(loaded)
+
+
+def test_the_toml_of_a_config_reads_back_as_it_from_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "mödel").mkdir()
+    text = MINIMAL.replace("owner/name", "./mödel") + "[swarm]\nsplit = [2, 1, 1]\n[grpo]\ndual_clip = 3.0\n"
+    config = load(write(tmp_path / "here", text), {"optimizer.lr": "1e-5", "sampler.overlap": "false"})
+    assert load(write(tmp_path / "there", config.to_toml())) == config

@@ -30,8 +30,10 @@ class Roster:
         self.started = False
         self._saved: dict[str, dict[int, Saved]] = {}
 
-    def greet(self, hello: Hello) -> None:
-        """Check what is common to every role. Raises ManifestMismatch."""
+    def greet(self, hello: Hello, role: str) -> None:
+        """Check what is common to every role. Raises BadFrame, ManifestMismatch."""
+        if hello.role != role:
+            raise BadFrame(f"a {hello.role or 'nameless'} came where a {role} attends")
         if hello.protocol != PROTOCOL:
             raise ManifestMismatch(
                 f"the worker speaks protocol {hello.protocol}, this anchor {PROTOCOL}: install the same version on both"
@@ -44,7 +46,7 @@ class Roster:
 
     def join(self, hello: Hello) -> Member:
         """A stage worker wants its place. Raises StageOutOfRange, StageTaken, ManifestMismatch."""
-        self.greet(hello)
+        self.greet(hello, "stage")
         if hello.stage >= self.stages:
             raise StageOutOfRange(
                 f"stage {hello.stage} does not exist: this run has stages 0 to {self.stages - 1} (run.toml: swarm.stages)"

@@ -134,11 +134,13 @@ class AnchorService:
     def _from_stage(self, member: Member, frame: Frame) -> None:
         match frame.header.kind:
             case FrameKind.READY:
-                if self.roster.is_ready(member, from_bytes(Ready, frame.payload)):
+                ready = from_bytes(Ready, frame.payload)
+                complete = self.roster.is_ready(member, ready)
+                missing = ", ".join(map(str, self.roster.missing())) or "none"
+                size = f"{ready.parameters / 1e6:.2f} M parameters, {ready.parameter_bytes / 1e6:.1f} MB"
+                self.event("ready", f"stage {member.stage} ({size}); stages still to come: {missing}")
+                if complete:
                     self._start()
-                else:
-                    missing = ", ".join(map(str, self.roster.missing()))
-                    self.event("ready", f"stage {member.stage}; still to come: stages {missing}")
             case FrameKind.REPORT:
                 self._note(from_bytes(Report, frame.payload))
             case FrameKind.SKETCH:
@@ -174,7 +176,7 @@ class AnchorService:
     async def _sample(self, stream: FrameStream) -> None:
         hello = from_bytes(Hello, (await stream.expect(FrameKind.HELLO)).payload)
         await self._open.wait()
-        self.roster.greet(hello)
+        self.roster.greet(hello, "sampler")
         stream.name("anchor-sampler", "down", LIMITS)
         stream.peer = "the sampler"
         async with self._outbox(stream) as box:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from codec.basis import Basis, captured_share, rms_weights, sketch
-from codec.errors import NonFiniteError
+from codec.errors import BasisMismatch, NonFiniteError
 from codec.link_codec import LinkCodec
 from codec.spec import Direction, dense_bytes
 from swarm_core.config import RunConfig
@@ -378,7 +378,11 @@ class StageCompute:
     def _basis(self, stamp: Stamp, boundary: int, direction: Direction) -> Basis | None:
         """The basis that this direction is coded in, of the version the batch is pinned to."""
         which = self.link.basis_direction(direction)
-        return None if which is None else self.bases[stamp.basis_version][(boundary, which)]
+        if which is None:
+            return None
+        if stamp.basis_version not in self.bases:
+            raise BasisMismatch(stamp.basis_version, self.newest_basis)
+        return self.bases[stamp.basis_version][(boundary, which)]
 
     @torch.no_grad()
     def _watch(self, stamp: Stamp, boundary: int, direction: Direction, x_NH: Tensor) -> None:

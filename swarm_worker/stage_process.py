@@ -15,7 +15,7 @@ import torch
 from codec.basis import Basis
 from codec.spec import Direction
 from swarm_core.errors import UserError
-from swarm_core.models.architecture import fingerprint, resolve
+from swarm_core.models.architecture import fingerprint, read_shape, resolve
 from swarm_core.run_folder import CHECKPOINTS, JOURNAL_FILE, RECORD_FILE
 from swarm_core.wire.errors import Refused
 from swarm_core.wire.frames import Frame, Header
@@ -136,6 +136,8 @@ class StageProcess:
             parameters / 1e6,
             device,
         )
+        if compute.span.is_last and read_shape(path).tied:
+            log.info("lm_head was tied to the embedding: this stage trains a copy of its own, and the export says so")
         size = sum(p.numel() * p.element_size() for p in compute.parameters)
         ready = Ready(parameters, size, found)
         await membership.anchor.send(Frame(Header(FrameKind.READY, membership.run), to_bytes(ready)))

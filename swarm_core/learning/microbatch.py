@@ -167,10 +167,6 @@ class Microbatch:
     def sequence_M(self) -> Tensor:
         return self.layout.sequence_M
 
-    def with_old_logprobs(self, old_logprobs_M: Tensor) -> Microbatch:
-        """The same microbatch with the log-probs of the score pass (detached)."""
-        return replace(self, old_logprobs_M=old_logprobs_M.detach())
-
     def to(self, device: torch.device | str) -> Microbatch:
         """The same microbatch with its tensors on `device` (index tensors follow the rows they are used on)."""
         return replace(

@@ -1,4 +1,4 @@
-r"""Reward functions and how to find, run and combine them. No processes or time limits: the sampler's verifier pool.
+r"""Reward functions and how to find them. No processes or time limits: the sampler's verifier pool.
 
 A reward function has TRL's signature `f(prompts, completions, **columns) -> list[float | None]`: all lists are
 parallel, `columns` are the columns of the data set, and None means "the verifier failed" (an unreadable gold answer, a
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import math
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -113,32 +112,6 @@ def resolve(name: str) -> RewardFn:
         raise RewardError(name, f"is {type(found).__name__}, wanted a function f(prompts, completions, **columns)")
     function: RewardFn = found
     return function
-
-
-def check_rewards(name: str, rewards: Any, wanted: int) -> list[float | None]:
-    """What a reward function returned, as floats and None; NaN and infinities become None (a failed verifier).
-
-    Raises: RewardError when it is not a list of `wanted` numbers or None.
-    """
-    if not isinstance(rewards, Sequence) or len(rewards) != wanted:
-        got = f"{len(rewards)} values" if isinstance(rewards, Sequence) else type(rewards).__name__
-        raise RewardError(name, f"returned {got}, wanted a list of {wanted}, one a completion")
-    checked: list[float | None] = []
-    for value in rewards:
-        try:
-            number = None if value is None else float(value)
-        except (TypeError, ValueError) as error:
-            raise RewardError(name, f"returned {value!r}, wanted numbers or None") from error
-        checked.append(number if number is not None and math.isfinite(number) else None)
-    return checked
-
-
-def combine(by_function: Mapping[str, float | None], weights: Mapping[str, float] | None = None) -> float | None:
-    """Weighted sum over the functions that gave a reward (weight 1 unless told), None when none did: TRL's nansum."""
-    known = {name: value for name, value in by_function.items() if value is not None}
-    if not known:
-        return None
-    return math.fsum(value * (1.0 if weights is None else weights.get(name, 1.0)) for name, value in known.items())
 
 
 def gold_text(columns: Mapping[str, Any], row: int) -> str | None:

@@ -7,8 +7,7 @@ whole groups; every slice is one tick, with its own denominators.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -25,7 +24,7 @@ class Completion:
 
     `prompt_index` is the row of the data set. `logprobs` are the sampler's, at the sampling temperature, one a token
     (NaN where it had none). `reward` None: the verifier failed. `truncated`: cut at the length limit, so the last token
-    is not an end-of-sequence token. `rewards_by_function` are the parts of the reward, for the log.
+    is not an end-of-sequence token.
     """
 
     prompt_index: int
@@ -34,7 +33,6 @@ class Completion:
     logprobs: list[float]
     reward: float | None
     truncated: bool
-    rewards_by_function: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ def reward_metrics(batch: RolloutBatch, groups: GroupAdvantages | None = None) -
     """Rewards and lengths of a batch or slice under TRL's names (lengths in tokens, standard deviations with ddof=1).
 
     `frac_reward_zero_std` is the share of groups without variance, `completions/clipped_ratio` of completions cut at
-    the limit, `rewards/failed` the number of completions without a reward (and `rewards/NAME/failed` per function).
+    the limit, `rewards/failed` the number of completions without a reward.
     """
     groups = groups or group_advantages([c.reward for c in batch.completions], batch.group_size)
     known = [c.reward for c in batch.completions if c.reward is not None]
@@ -182,17 +180,7 @@ def reward_metrics(batch: RolloutBatch, groups: GroupAdvantages | None = None) -
         "completions/min_terminated_length": float(min(ended)),
         "completions/max_terminated_length": float(max(ended)),
     }
-    for name in sorted({name for c in batch.completions for name in c.rewards_by_function}):
-        parts = [c.rewards_by_function.get(name) for c in batch.completions]
-        metrics |= _function_metrics(name, parts)
     return metrics
-
-
-def _function_metrics(name: str, rewards: Sequence[float | None]) -> dict[str, float]:
-    known = [value for value in rewards if value is not None]
-    mean, std = mean_and_std(known)
-    failed = float(len(rewards) - len(known))
-    return {f"rewards/{name}/mean": mean, f"rewards/{name}/std": std, f"rewards/{name}/failed": failed}
 
 
 def _sample(completion: Completion, advantage: float) -> Sample:

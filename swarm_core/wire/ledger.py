@@ -21,18 +21,6 @@ KIND_OF: dict[FrameKind, str] = {
     FrameKind.BATCH: "rollout",
     FrameKind.ROLLOUTS: "rollout",
 }
-KINDS = (
-    "activation",
-    "gradient",
-    "basis",
-    "sketch",
-    "snapshot",
-    "correction",
-    "weights",
-    "rollout",
-    "state",
-    "control",
-)
 COLUMNS = (
     "tick",
     "link",

@@ -104,13 +104,6 @@ def test_the_last_stage_needs_no_prompt_ids() -> None:
     assert torch.equal(mb.advantages_M, whole.advantages_M) and torch.equal(mb.active_M, whole.active_M)
 
 
-def test_old_logprobs_are_attached_detached() -> None:
-    mb = from_samples([sample([1], [2, 3])])
-    scored = mb.with_old_logprobs(torch.zeros(2, requires_grad=True))
-    assert scored.old_logprobs_M is not None and not scored.old_logprobs_M.requires_grad
-    assert scored.to("cpu").old_logprobs_M is not None
-
-
 @pytest.mark.parametrize(
     ("make", "field"),
     [

@@ -299,6 +299,7 @@ class AnchorService:
 
     def _fail(self, error: Exception) -> None:
         if not self.over.done():
+            self._reason = str(error)
             self.over.set_exception(error)
 
     async def close(self) -> None:

@@ -104,13 +104,13 @@ class BasisKeeper:
         self.bases = bases
         self.overlap: dict[Key, float] = {}  # of the newest version with the one before
         self._wanted = {(b, d) for b in range(boundaries) for d in directions(spec)}
-        self._sketches: dict[int, dict[Key, Tensor]] = {}
+        self._sketches: dict[tuple[int, int], dict[Key, Tensor]] = {}  # by tick and the version they were taken against
 
     def add(self, sketch: Sketch) -> BasisSet | None:
         """Take one sketch; the new basis set when it was the last one missing. Raises BadFrame.
 
-        Sketches of one window were all taken against the basis their batch was pinned to. Windows that stay incomplete
-        are dropped as soon as a later one is complete.
+        Only sketches taken against the same version make up a window. Windows that stay incomplete are dropped as soon
+        as a later one is complete.
         """
         matrix = sketch.matrix
         if matrix.direction not in (0, 1) or (matrix.boundary, Direction(matrix.direction)) not in self._wanted:
@@ -120,11 +120,11 @@ class BasisKeeper:
         if (matrix.rows, matrix.columns) != (self.spec.width, rank) or len(matrix.values) != 4 * matrix.rows * rank:
             raise BadFrame(f"a sketch of {matrix.rows} x {matrix.columns}; wanted {self.spec.width} x {rank}")
         v_HR = torch.frombuffer(bytearray(matrix.values), dtype=torch.float32).view(matrix.rows, rank)
-        window = self._sketches.setdefault(sketch.tick, {})
+        window = self._sketches.setdefault((sketch.tick, sketch.version), {})
         window[key] = window[key] + v_HR if key in window else v_HR
         if set(window) != self._wanted:
             return None
-        self._sketches = {tick: parts for tick, parts in self._sketches.items() if tick > sketch.tick}
+        self._sketches = {at: parts for at, parts in self._sketches.items() if at[0] > sketch.tick}
         try:
             bases = {k: orthonormalise(v) for k, v in window.items()}
         except SpecError:

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,6 @@ from swarm_core.manifest import Manifest, make_manifest
 from swarm_core.models.architecture import eos_ids, fingerprint, read_shape, resolve
 from swarm_core.models.reading import load_tokenizer, open_stage
 from swarm_core.run_folder import ADDRESS_FILE, JOURNAL_FILE, MANIFEST_FILE
-from swarm_core.wire.errors import WireError
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.streams import dialable_here
 
@@ -82,7 +82,7 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
                 version, bases = await asyncio.to_thread(_bases, manifest, model_path, rows, resume)
                 service.keeper = BasisKeeper(manifest.link(), manifest.boundaries, version, bases)
             service.open()
-            (out / ADDRESS_FILE).write_text(dialable_here(address) + "\n")
+            _announce(out / ADDRESS_FILE, dialable_here(address))
             log.info("anchor of run %s (manifest %s) listening on %s", config.run.name, manifest.digest()[:12], address)
             return await service.over
         finally:
@@ -90,6 +90,13 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
             screen.stop()
             books.close()
             (out / ADDRESS_FILE).unlink(missing_ok=True)
+
+
+def _announce(file: Path, address: str) -> None:
+    """Write the address whole or not at all: others wait for the file to appear."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(address + "\n")
+    temporary.rename(file)
 
 
 @contextlib.contextmanager
@@ -156,9 +163,10 @@ def _on_signals(service: AnchorService) -> None:
 
     def stop(name: str) -> None:
         nonlocal asked
-        if asked:
-            if not service.over.done():
-                service.over.set_exception(WireError(f"{name} twice: left without waiting for the tick to end"))
+        if asked:  # calibrating, or waiting for a tick: either way, the default of the signal is what was asked for
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+            os.kill(os.getpid(), signal.SIGTERM)
             return
         asked = True
         print(f"{name}: stopping after this tick, with a checkpoint; once more to stop at once", file=sys.stderr)

@@ -181,12 +181,12 @@ class AnchorService:
         stream.peer = "the sampler"
         async with self._outbox(stream) as box:
             self._post(box, FrameKind.WELCOME, self._welcome())
-            await stream.expect(FrameKind.READY)
-            self._samplers.append(box)
-            self.event("ready", "a sampler")
+            self._samplers.append(box)  # from now on it is told when the run ends, also while it loads
             if self.roster.started:
                 self._start_sampler(box)
             try:
+                await stream.expect(FrameKind.READY)
+                self.event("ready", "a sampler")
                 while (frame := await stream.receive()) is not None:
                     if frame.header.kind is FrameKind.REPORT:
                         self._note(from_bytes(Report, frame.payload))
@@ -198,7 +198,8 @@ class AnchorService:
                 self._samplers.remove(box)
                 if not self.over.done() and self._owed is None:
                     self.event("sampler", "the sampler went away; ticks go on while there are rollouts")
-                self._settle(EVALUATION)
+                if not self._samplers:
+                    self._settle(EVALUATION)  # nobody is left to make it
                 async with self._gone:
                     self._gone.notify_all()
 
@@ -226,7 +227,7 @@ class AnchorService:
         event = report.words.get("event")
         if event == "finished":
             self._reason = report.words["message"]
-            self._owed = {report.words["checkpoint"]} - self._complete
+            self._owed = {report.words["checkpoint"]}  # every stage says so again, once it has applied the end
             # The sampler's answer has a stream of its own, and may have been faster.
             if report.words["evaluation"] == "yes" and self._samplers and self._evaluated < report.tick:
                 self._owed.add(EVALUATION)
@@ -257,12 +258,12 @@ class AnchorService:
         shards = self.roster.saved(stage, saved)
         if shards is None:
             return
-        bases = (self.keeper.version, self.keeper.bases) if self.keeper is not None else None
-        keep = self.manifest.config.checkpoint.keep
-        made = complete(self.out, saved.checkpoint, self.digest, shards, keep, bases)
-        if saved.checkpoint not in self._complete:
+        if saved.checkpoint not in self._complete:  # what is complete is never written again
+            bases = (self.keeper.version, self.keeper.bases) if self.keeper is not None else None
+            keep = self.manifest.config.checkpoint.keep
+            made = complete(self.out, saved.checkpoint, self.digest, shards, keep, bases)
+            self._complete.add(saved.checkpoint)
             self.event("checkpoint", f"{made.name}, {sum(s.bytes for s in shards.values()) / 1e6:.1f} MB")
-        self._complete.add(saved.checkpoint)
         self._settle(saved.checkpoint)
 
     def event(self, name: str, message: str, numbers: dict[str, float] | None = None) -> None:

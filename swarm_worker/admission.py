@@ -13,7 +13,7 @@ from swarm_core.learning.batch import Batch
 from swarm_core.learning.errors import MicrobatchError
 from swarm_core.wire.errors import BadFrame, ManifestMismatch, StaleEpoch
 from swarm_core.wire.frames import MAX_MESSAGE_BYTES, Frame, Header, address_of
-from swarm_core.wire.messages import Begin, Decide, FrameKind, Mode, from_bytes
+from swarm_core.wire.messages import Begin, Decide, FrameKind, Mode, Outcome, from_bytes
 from swarm_worker.headers import Position, identity
 from swarm_worker.schedule import Stamp
 
@@ -76,8 +76,9 @@ class Admission:
         )
 
     def decided(self, header: Header, decide: Decide) -> None:
-        """A decision has arrived: the next round must build on it."""
-        self._lineage = Position(header.tick, header.lineage, header.epoch).after(identity(header), decide).lineage
+        """A decision has arrived: the next round must build on it. A HOLD is about no round."""
+        if decide.outcome != Outcome.HOLD:
+            self._lineage = Position(header.tick, header.lineage, header.epoch).after(identity(header), decide).lineage
 
     def ended(self, batch: int) -> None:
         """No frame is about this batch any more."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         model=arguments.model,
         wait_s=arguments.wait,
     )
-    return run_to_exit_code("swarm_worker sample", lambda: asyncio.run(serve_rollouts(wanted)))
+    code = run_to_exit_code("swarm_worker sample", lambda: asyncio.run(serve_rollouts(wanted)))
+    logging.shutdown()
+    os._exit(code)  # a generation under way cannot be interrupted, and the interpreter would wait for it
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,6 @@ class SketchOut:
     direction: Direction
     version: int
     v_HR: Tensor
-    tokens: int
-    captured_share: float
 
 
 @dataclass
@@ -75,8 +73,6 @@ class _Window:
 
     version: int  # sums against two bases would mean nothing
     v_HR: Tensor
-    tokens: int = 0
-    shares: list[tuple[float, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -294,7 +290,7 @@ class StageCompute:
         windows = []
         for (boundary, direction), window in self._windows.items():
             tensors[f"window.{boundary}.{int(direction)}"] = window.v_HR
-            windows.append([boundary, int(direction), window.version, window.tokens, window.shares])
+            windows.append([boundary, int(direction), window.version])
         held_back = {"steps": steps, "gate": self.gate.state_dict()}
         lists = {"bases": bases, "batches": batches, "windows": windows}
         return Shard(tensors, {**meta, **held_back, **lists})
@@ -313,10 +309,9 @@ class StageCompute:
         for columns in shard.meta["batches"]:
             number = columns["number"]
             self.add_batch(Batch(**columns, **select(shard.tensors, f"batch.{number}")))
-        for boundary, direction, version, tokens, shares in shard.meta["windows"]:
+        for boundary, direction, version in shard.meta["windows"]:
             v_HR = shard.tensors[f"window.{boundary}.{direction}"].to(self.device)
-            pairs = [(float(share), int(n)) for share, n in shares]
-            self._windows[(boundary, Direction(direction))] = _Window(version, v_HR, tokens, pairs)
+            self._windows[(boundary, Direction(direction))] = _Window(version, v_HR)
 
     # Inside ------------------------------------------------------------------------------------------------------------
 
@@ -403,13 +398,8 @@ class StageCompute:
         if window is None or window.version != basis.version:
             window = self._windows[(boundary, direction)] = _Window(basis.version, torch.zeros_like(basis.q_HR))
         window.v_HR += sketch(rows_NH, basis.q_HR, weights_N)
-        window.tokens += len(rows_NH)
-        window.shares.append((share, len(rows_NH)))
 
     def _take_sketches(self) -> list[SketchOut]:
-        out = []
-        for (boundary, direction), window in sorted(self._windows.items()):
-            share = sum(s * n for s, n in window.shares) / max(window.tokens, 1)
-            out.append(SketchOut(boundary, direction, window.version, window.v_HR.cpu(), window.tokens, share))
+        out = [SketchOut(b, d, w.version, w.v_HR.cpu()) for (b, d), w in sorted(self._windows.items())]
         self._windows = {}
         return out

@@ -56,8 +56,11 @@ class ComputeThread:
         """A packet that a later command will be about."""
         self._payloads[(key, microbatch, kind)] = payload
 
-    async def run(self, command: Compute, stage_zero: Callable[[], dict[str, Any]] | None) -> Any:
-        """Do one command; returns what the compute method returned, or `Applied`. Raises BadFrame for a bad packet."""
+    async def run(self, command: Compute, stage_zero: dict[str, Any] | None) -> Any:
+        """Do one command; returns what the compute method returned, or `Applied`. Raises BadFrame for a bad packet.
+
+        `stage_zero` is what a checkpoint keeps of stage 0's lead, on stage 0 when this command saves.
+        """
         loop = asyncio.get_running_loop()
         result, busy_s = await loop.run_in_executor(self._executor, self._timed, command, stage_zero)
         self.busy_s += busy_s
@@ -65,7 +68,7 @@ class ComputeThread:
             self.position = result.position
         return result
 
-    def _timed(self, command: Compute, stage_zero: Callable[[], dict[str, Any]] | None) -> tuple[Any, float]:
+    def _timed(self, command: Compute, stage_zero: dict[str, Any] | None) -> tuple[Any, float]:
         """On the thread, so that waking the two threads counts as waiting."""
         started = time.monotonic()
         while self._deliveries:
@@ -77,7 +80,7 @@ class ComputeThread:
             raise BadFrame(f"{where}, microbatch {command.microbatch}: {error}") from None
         return result, time.monotonic() - started
 
-    def _do(self, command: Compute, stage_zero: Callable[[], dict[str, Any]] | None) -> Any:
+    def _do(self, command: Compute, stage_zero: dict[str, Any] | None) -> Any:
         stamp, microbatch = command.stamp, command.microbatch
         match command.op:
             case Op.FORWARD:
@@ -99,14 +102,13 @@ class ComputeThread:
     def _take(self, stamp: Stamp, microbatch: int, kind: FrameKind) -> Payload | None:
         return self._payloads.pop((stamp.key, microbatch, kind), None)
 
-    def _apply(self, stamp: Stamp, decide: Decide, stage_zero: Callable[[], dict[str, Any]] | None) -> Applied:
+    def _apply(self, stamp: Stamp, decide: Decide, stage_zero: dict[str, Any] | None) -> Applied:
         sketches = self.compute.apply(stamp, decide)
         position = self.position.after(stamp, decide)
         if decide.publish:
             self.compute.publish(position.tick)
         saved = None
         if decide.checkpoint:
-            state = stage_zero() if stage_zero is not None else None
-            meta = {"tick": position.tick, "lineage": position.lineage, "stage_zero": state}
+            meta = {"tick": position.tick, "lineage": position.lineage, "stage_zero": stage_zero}
             saved = self._shards.write(position.tick, lambda: self.compute.to_shard(meta))
         return Applied(position, sketches, saved)

@@ -115,6 +115,12 @@ class Lead:
         self._ordered = None
         self.exhausted = True
 
+    def waiting_for(self) -> str:
+        """What the lead waits for between batches, in words; empty when it waits for nothing."""
+        if self.state.current is None and self._ordered is not None:
+            return f"rollouts of batch {self._ordered}, which a sampler has been asked for"
+        return ""
+
     @property
     def age(self) -> int:
         """Ticks since the weights that generated the current batch."""
@@ -126,7 +132,7 @@ class Lead:
         """Start on the batch in stock, pinning the newest basis that every stage has reported holding.
 
         A batch whose weights are older than the staleness limit at this first use is dropped, counted in `dropped`,
-        and will be ordered again with newer ones.
+        and will be ordered again with newer ones: a sampler may answer with older weights than it was asked for.
         """
         s = self.state
         if s.current is not None or self._in_stock is None or self._stopping():

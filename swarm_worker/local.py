@@ -135,8 +135,8 @@ class LocalSwarm:
             if anchor.process.poll() is not None:
                 return None
             file = self.out / ADDRESS_FILE
-            if file.exists() and (text := file.read_text().strip()):
-                return text
+            if file.exists():
+                return file.read_text().strip()
             time.sleep(0.05)
         raise UserError(f"the anchor did not come up within {START_LIMIT_S:.0f} s; see {anchor.log}")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 from safetensors.torch import save
 from torch import Tensor
 
-from swarm_core.wire.errors import BadFrame, ManifestMismatch
+from swarm_core.wire.errors import BadFrame, ManifestMismatch, PeerLost
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
@@ -45,7 +46,7 @@ class StageService:
         self._weights: dict[int, dict[str, Tensor]] = {}
         self._published = asyncio.Condition()
         self._order: Order | None = None  # not yet given to anybody
-        self._given: Order | None = None  # given, and not yet answered with rollouts
+        self._given: tuple[FrameStream, Order] | None = None  # to whom, and not yet answered with rollouts
         self._feeds: list[FrameStream] = []
         self._order_lock = asyncio.Lock()
         self.server = Server("Stage", {"Link": self._link, "Feed": self._feed}, ledger)
@@ -95,9 +96,17 @@ class StageService:
     async def _give_order(self) -> None:
         async with self._order_lock:
             if self._order is not None and self._feeds:
-                order, self._order = self._order, None
-                self._given = order
-                await self._feeds[0].send(Frame(Header(FrameKind.ORDER, batch=order.batch), to_bytes(order)))
+                feed, order = self._feeds[0], self._order
+                self._order, self._given = None, (feed, order)
+                with contextlib.suppress(PeerLost):  # its reader meets the same end, and hands the order on
+                    await feed.send(Frame(Header(FrameKind.ORDER, batch=order.batch), to_bytes(order)))
+
+    async def _hand_on(self, gone: FrameStream) -> None:
+        """What a sampler that left did not finish goes to the next one."""
+        if self._given is not None and self._given[0] is gone:
+            order, self._given = self._given[1], None
+            self._order = self._order or order
+            await self._give_order()
 
     async def _feed(self, stream: FrameStream) -> None:
         await self._greet(stream)
@@ -112,13 +121,13 @@ class StageService:
                     await self._send_weights(stream, from_bytes(Fetch, frame.payload).version)
                 elif frame.header.kind is FrameKind.ROLLOUTS:
                     self._on_rollouts(from_bytes(Rollouts, frame.payload))
-                    self._given = None  # only now: rollouts that were refused leave the order to the next sampler
+                    if self._given is not None and self._given[0] is stream:
+                        self._given = None  # only now: rollouts that were refused leave the order to the next sampler
                 else:
                     raise BadFrame(f"a sampler sent {frame.header.kind.name}")
         finally:
             self._feeds.remove(stream)
-            if self._given is not None and self._order is None:
-                self._order, self._given = self._given, None  # the next sampler gets what this one did not finish
+            await self._hand_on(stream)
 
     async def _send_weights(self, stream: FrameStream, version: int) -> None:
         async with self._published:

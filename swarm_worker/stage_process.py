@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +99,7 @@ class StageProcess:
             below = await self._dial_below(membership, start)
             self.worker = await self._assemble(membership, compute, start, below)
             if self._signals:
-                self._on_signals(membership.anchor, self.worker.fail)
+                self._on_signals(self.worker)
             self.worker.spawn(self.worker.read_anchor(membership.anchor))
             self.service.open(membership.digest)
             log.info("the run is over: %s", await self.worker.run())
@@ -176,7 +175,9 @@ class StageProcess:
             compute.publish(position.tick)
             self.service.offer(position.tick, compute.published[position.tick])
             log.info("continuing at tick %d from %s", position.tick, start.checkpoint)
-        zero = self._stage_zero(membership, compute, state, stats) if a.stage == 0 else None
+        zero = None
+        if a.stage == 0:
+            zero = self._stage_zero(membership, compute, state, stats, resumed=bool(start.checkpoint))
         shards = ShardWriter(a.out, a.stage, membership.manifest.stages, membership.digest, saved)
         work = ComputeThread(compute, self._thread, shards, position)
         return StageWorker(membership, work, self.service, below, zero)
@@ -187,9 +188,11 @@ class StageProcess:
         compute: StageCompute,
         state: LeadState,
         stats: dict[int, dict[str, float]],
+        *,
+        resumed: bool,
     ) -> StageZero:
         path = self.arguments.out / JOURNAL_FILE
-        if state.tick == 0 and path.exists() and path.read_text().strip():
+        if not resumed and path.exists() and path.read_text().strip():
             raise UserError(f"{path} belongs to an earlier run: give this worker another --out, or resume that run")
         journal = Journal(path, state.tick)
         record = self._open_record(membership, state.next_batch)
@@ -229,21 +232,19 @@ class StageProcess:
             self.worker.fail(error)
             raise
 
-    def _on_signals(self, anchor: FrameStream, fail: Callable[[BaseException], None]) -> None:
+    def _on_signals(self, worker: StageWorker) -> None:
         """SIGTERM or SIGINT: ask for the end of the run after this tick; a second one ends this process at once."""
-        loop = asyncio.get_running_loop()
         asked = False
 
         def leave(name: str) -> None:
             nonlocal asked
             if asked:
-                fail(KeyboardInterrupt(name))
+                worker.fail(KeyboardInterrupt(name))
                 return
             asked = True
             log.warning("%s: leaving after this tick, with a checkpoint; once more to leave at once", name)
             stop = Stop(reason=f"stage {self.arguments.stage} got {name}")
-            frame = Frame(Header(FrameKind.STOP), to_bytes(stop))
-            self._leaving = loop.create_task(anchor.send(frame))
+            worker.anchor.post(Frame(Header(FrameKind.STOP), to_bytes(stop)))
 
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, leave, number.name)
+            asyncio.get_running_loop().add_signal_handler(number, leave, number.name)

@@ -99,7 +99,8 @@ class StageWorker:
         self._downstream: Vote | None = None
         self._round_active = False
         self._finished = False  # the last decision has been applied
-        self._basis_held = compute.newest_basis  # the newest version that every stage has voted to hold
+        # The newest version that every stage has voted to hold; before the first vote our own, as START follows BASIS.
+        self._basis_held = compute.newest_basis
         self._tasks: set[asyncio.Task[None]] = set()
         self._vote_at = time.monotonic()
         self.progress_at = time.monotonic()
@@ -152,7 +153,8 @@ class StageWorker:
         while True:
             await asyncio.sleep(WATCH_S)
             age_s = time.monotonic() - self.progress_at
-            if age_s > WATCH_S and (what := self.schedule.waiting_for()):
+            what = self.schedule.waiting_for() or (self.zero.lead.waiting_for() if self.zero is not None else "")
+            if age_s > WATCH_S and what:
                 log.warning("stage %d has waited %.0f s for %s", self.span.stage, age_s, what)
 
     async def serve_above(self, stream: FrameStream) -> None:
@@ -281,7 +283,8 @@ class StageWorker:
             self._advance()
 
     async def _compute(self, command: Compute) -> None:
-        result = await self.work.run(command, self.zero.state if self.zero is not None else None)
+        saving = command.decide is not None and command.decide.checkpoint
+        result = await self.work.run(command, self.zero.state() if self.zero is not None and saving else None)
         stamp = command.stamp
         match command.op:
             case Op.FORWARD | Op.SCORE | Op.LOSS | Op.BACKWARD:
@@ -308,16 +311,17 @@ class StageWorker:
             values = sketch.v_HR.contiguous().numpy().tobytes()
             rows, columns = sketch.v_HR.shape
             matrix = BasisMatrix(sketch.boundary, int(sketch.direction), rows, columns, values)
-            message = Sketch(sketch.version, stamp.tick, sketch.tokens, matrix, sketch.captured_share)
+            message = Sketch(sketch.version, stamp.tick, matrix)
             self.anchor.post(Frame(Header(FrameKind.SKETCH, self.run_id, tick=stamp.tick), to_bytes(message)))
+        order = None
+        if decide.stop and self.zero is not None:
+            report, order = self.zero.ending()
+            self._report(report)  # before SAVED, so that the anchor knows what this checkpoint ends
         if done.saved is not None:
             self.anchor.post(Frame(Header(FrameKind.SAVED, self.run_id, tick=tick), to_bytes(done.saved)))
         self.anchor.post_report(Report(type="ledger", tick=tick if decide.outcome == Outcome.HOLD else stamp.tick))
-        if decide.stop and self.zero is not None:
-            report, order = self.zero.ending()
-            self._report(report)
-            if order is not None:
-                await self.service.order(order)
+        if order is not None:
+            await self.service.order(order)
 
     # Votes and what stage 0 leads --------------------------------------------------------------------------------------
 

@@ -229,9 +229,7 @@ class BasisSet:
 class Sketch:
     version: int = 0
     tick: int = 0
-    tokens: int = 0
     matrix: BasisMatrix = field(default_factory=BasisMatrix)
-    captured_share: float = 0.0
 
 
 M = TypeVar("M")

@@ -13,7 +13,8 @@ Sent = Callable[[], None]
 
 
 class Outbox:
-    """What is queued is bounded by who posts: activations by the schedule's credit, everything else is small and rare."""
+    """What is queued is bounded by who posts: activations by the schedule's credit, gradients by the neighbour's 1F1B,
+    batches and bases by coming one at a time."""
 
     def __init__(self, stream: FrameStream) -> None:
         self.stream = stream

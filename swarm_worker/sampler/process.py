@@ -1,7 +1,7 @@
 """The process of one sampler: takes orders from stage 0, fetches weights from all stages, delivers rollouts, evaluates.
 
 The data cursor is not here: an order names its batch number, and prompts and draws are a function of that number. So a
-sampler can be replaced at any moment and nothing is lost or drawn twice.
+sampler can be replaced at any moment: what it did not finish is drawn again, by the next one.
 """
 
 from __future__ import annotations
@@ -247,6 +247,7 @@ class SamplerProcess:
             for task in tasks:
                 task.add_done_callback(self._task_done)
             log.info("the run is over: %s", await self.over)
+            tasks[1].cancel()  # orders: nothing is delivered any more, and the last report must be the last
             await membership.anchor.send_report(Report(type="ledger", tick=source.version), source.version)
             await membership.anchor.finish()
         finally:
@@ -255,8 +256,8 @@ class SamplerProcess:
             for stream in (*self._feeds, membership.anchor):
                 await stream.close()
             if source is not None:
-                source.close()
-            self._thread.shutdown(wait=False, cancel_futures=True)
+                self._thread.submit(source.close)  # behind a generation under way, which cannot be interrupted
+            self._thread.shutdown(wait=False)
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
@@ -387,7 +388,9 @@ class SamplerProcess:
                 return
             log.warning("%s: asking for the end of the run; once more to leave at once", name)
             frame = Frame(Header(FrameKind.STOP), to_bytes(Stop(reason=f"the sampler got {name}")))
-            tasks.append(loop.create_task(membership.anchor.send(frame)))
+            task = loop.create_task(membership.anchor.send(frame))
+            task.add_done_callback(self._task_done)
+            tasks.append(task)
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, leave, number.name)

@@ -148,6 +148,21 @@ def test_a_run_that_was_stopped_and_continued_equals_an_undisturbed_one(
     assert (out / "journal.jsonl").read_text() == (tmp_path / "whole" / "journal.jsonl").read_text()
 
 
+def test_a_hold_on_a_checkpointed_tick_ends_the_run_on_every_stage(
+    recipe: Callable[..., Recipe], run_swarm: Callable[..., str], tmp_path: Path
+) -> None:
+    """Two recorded batches and no last tick: the run ends between ticks, on one that has its checkpoint already."""
+    run_file = recipe("qwen3", batches=2).run_file(run={"ticks": 0}, checkpoint={"every": 1, "keep": 1})
+    out = tmp_path / "run"
+    assert run_swarm(run_file, out) == "the recorded rollouts are used up"
+    folder = out / "checkpoints" / "tick-00000008"
+    before = {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()}
+    assert "COMPLETE" in before
+    assert run_swarm(run_file, out, resume=True) == "the recorded rollouts are used up"
+    after = {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()}
+    assert after == before, "a complete checkpoint was written again"
+
+
 async def ask_to_stop(address: str) -> None:
     """What Ctrl-C on a sampler does."""
     stream = await dial(address, "Anchor/Sample", Ledger(), "the anchor", 10.0)

@@ -47,7 +47,7 @@ def test_lowrank_links_run_on_the_device(
     for backward in ("straight_through", "exact"):
         links = {"kind": "lowrank", "rank_forward": 8, "rank_backward": 12, "backward": backward}
         run_file = made.run_file(
-            run={"ticks": 6, "device": device}, links=links, anchor={"q_cadence": 2, "calibration_prompts": 1}
+            run={"ticks": 16, "device": device}, links=links, anchor={"q_cadence": 2, "calibration_prompts": 1}
         )
         out = tmp_path / backward
         run_swarm(run_file, out)
@@ -57,3 +57,4 @@ def test_lowrank_links_run_on_the_device(
         assert any(row.get("event") == "basis" for row in rows), "no basis was refreshed"
         pinned = [(row["batch"], row["basis/version"]) for row in rows if row["type"] == "tick"]
         assert len(set(pinned)) == len({batch for batch, _ in pinned}), "a batch saw two basis versions"
+        assert max(version for _, version in pinned) > 0, "no refreshed basis was adopted"

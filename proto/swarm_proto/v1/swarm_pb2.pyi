@@ -409,15 +409,11 @@ class BasisSet(_message.Message):
     def __init__(self, version: _Optional[int] = ..., tick: _Optional[int] = ..., matrices: _Optional[_Iterable[_Union[BasisMatrix, _Mapping]]] = ...) -> None: ...
 
 class Sketch(_message.Message):
-    __slots__ = ("version", "tick", "tokens", "matrix", "captured_share")
+    __slots__ = ("version", "tick", "matrix")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TICK_FIELD_NUMBER: _ClassVar[int]
-    TOKENS_FIELD_NUMBER: _ClassVar[int]
     MATRIX_FIELD_NUMBER: _ClassVar[int]
-    CAPTURED_SHARE_FIELD_NUMBER: _ClassVar[int]
     version: int
     tick: int
-    tokens: int
     matrix: BasisMatrix
-    captured_share: float
-    def __init__(self, version: _Optional[int] = ..., tick: _Optional[int] = ..., tokens: _Optional[int] = ..., matrix: _Optional[_Union[BasisMatrix, _Mapping]] = ..., captured_share: _Optional[float] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., tick: _Optional[int] = ..., matrix: _Optional[_Union[BasisMatrix, _Mapping]] = ...) -> None: ...

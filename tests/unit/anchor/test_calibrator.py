@@ -149,7 +149,7 @@ def v(seed: int, key: Key) -> Tensor:
 
 def sketch(key: Key, v_HR: Tensor, tick: int = 9) -> Sketch:
     matrix = BasisMatrix(key[0], int(key[1]), *v_HR.shape, v_HR.contiguous().numpy().tobytes())
-    return Sketch(0, tick, 100, matrix, 0.9)
+    return Sketch(0, tick, matrix)
 
 
 def test_the_next_version_comes_with_the_last_sketch_of_a_window() -> None:

@@ -133,3 +133,27 @@ def test_a_sampler_that_sends_something_else_is_turned_away() -> None:
             await stream.close()
 
     run(work())
+
+
+def test_an_order_goes_to_the_sampler_beside_the_one_that_left_and_to_nobody_twice() -> None:
+    async def order_of(stream: Dialled) -> int:
+        return from_bytes(Order, (await stream.expect(FrameKind.ORDER)).payload).batch
+
+    async def work() -> None:
+        async with serving() as (service, address):
+            service.open(DIGEST)
+            first, second = await welcome(address), await welcome(address)
+            await service.order(Order(batch=7, generate=True))
+            assert await order_of(first) == 7
+            await first.close()
+            assert await order_of(second) == 7, "the one that stayed takes it over"
+            # One that never had the order leaves while the other works on it: nothing is given out again.
+            third = await welcome(address)
+            await third.close()
+            await asyncio.sleep(0.1)
+            await second.send(Frame(Header(FrameKind.ROLLOUTS), to_bytes(Rollouts(batch=7))))
+            await service.order(Order(batch=8, generate=True))
+            assert await order_of(second) == 8, "and not 7 again"
+            await second.close()
+
+    run(work())

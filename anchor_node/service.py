@@ -182,7 +182,7 @@ class AnchorService:
         async with self._outbox(stream) as box:
             self._post(box, FrameKind.WELCOME, self._welcome())
             self._samplers.append(box)  # from now on it is told when the run ends, also while it loads
-            if self.roster.started:
+            if self.roster.started and not self.roster.missing():
                 self._start_sampler(box)
             try:
                 await stream.expect(FrameKind.READY)

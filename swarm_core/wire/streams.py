@@ -211,8 +211,8 @@ class Server:
                 await handler(stream)
             except Refused as error:
                 await context.abort(status_of(error), str(error))
-            except PeerLost:
-                pass
+            except (PeerLost, asyncio.CancelledError):
+                pass  # the peer is gone, or this server stops: neither is worth gRPC's traceback in the log
 
         return serve
 

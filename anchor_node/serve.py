@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anchor_node.books import Books
 from anchor_node.calibrator import BasisKeeper, Key, calibration_samples, first_bases
-from anchor_node.checkpoints import Checkpoint, CheckpointError, latest, load_bases
+from anchor_node.checkpoints import Checkpoint, CheckpointError, found, latest, load_bases
 from anchor_node.live import LiveTable
 from anchor_node.service import AnchorService
 from codec.spec import Direction
@@ -67,7 +67,9 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
         load_rows(config.data.validation)
     ledger = Ledger()
     with _alone(out):
-        if resume is None and (out / JOURNAL_FILE).exists():
+        metrics = out / "metrics.jsonl"
+        ticked = metrics.exists() and '"type": "tick"' in metrics.read_text(errors="replace")
+        if resume is None and (ticked or found(out) or (out / JOURNAL_FILE).exists()):
             raise CheckpointError(f"{out} holds a run already: give --resume to continue it, or another --out")
         books, screen = Books(out), _table(config, manifest, resume.tick if resume else 0)
         service = AnchorService(manifest, books, None, screen, out, resume, ledger)

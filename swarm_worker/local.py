@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,7 @@ def _set_aside(out: Path) -> Path | None:
         return None
     if not (out / MANIFEST_FILE).exists():
         raise UserError(f"--fresh would delete {out}, which does not look like a run folder: delete it yourself")
-    earlier = out.with_name(f"{out.name}.earlier")
-    shutil.rmtree(earlier, ignore_errors=True)
-    return out.rename(earlier)
+    return out.rename(tempfile.mkdtemp(prefix=f"{out.name}.earlier-", dir=out.absolute().parent))
 
 
 def _drop_or_restore(earlier: Path, out: Path, *, started: bool) -> None:

@@ -105,6 +105,11 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _report(run: Path) -> int:
     from rich.console import Console
 
+    from swarm_core.errors import UserError
+
+    if not run.is_dir():
+        raise UserError(f"{run} is not a run folder: give the --out of a run")
+
     from anchor_node.record import ledger_summary, print_ledger
     from anchor_node.report import write_report
 

@@ -69,6 +69,8 @@ async def hold_stage(arguments: StageArguments, *, signals: bool = True) -> None
 
     `signals` False leaves SIGINT and SIGTERM alone, for several workers in one process.
     """
+    if arguments.stage < 0:
+        raise UserError(f"stage {arguments.stage} does not exist: stages are counted from 0")
     await StageProcess(arguments, signals).run()
 
 

@@ -76,7 +76,7 @@ class Books:
                     row.dense_bytes,
                     row.packet_bytes,
                     row.message_bytes,
-                    "",
+                    row.wire_bytes,
                     row.frames,
                 )
             )

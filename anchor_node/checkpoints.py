@@ -9,20 +9,17 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
-from codec.spec import Direction
 from swarm_core.errors import UserError
-from swarm_core.run_folder import CHECKPOINTS
-from swarm_core.wire.messages import Saved
+from swarm_core.manifest import OUTSIDE_DIGEST, Manifest
+from swarm_core.run_folder import CHECKPOINT_INDEX as INDEX
+from swarm_core.run_folder import CHECKPOINTS, MANIFEST_FILE
+from swarm_core.wire.errors import BadFrame
+from swarm_core.wire.messages import BasisSet, Saved, from_bytes, to_bytes
 
-Key = tuple[int, Direction]
-BASES = "bases.safetensors"
+BASES = "bases.pb"  # as it was broadcast: rounded again, it would be another basis
 log = logging.getLogger(__name__)
 MARKER = "COMPLETE"
-INDEX = "index.json"
+ASIDE = "SET_ASIDE"  # what the marker becomes when a run goes back to an earlier checkpoint
 
 
 class CheckpointError(UserError):
@@ -49,7 +46,7 @@ def complete(
     manifest_digest: str,
     shards: dict[int, Saved],
     keep: int,
-    bases: tuple[int, dict[Key, Tensor]] | None,
+    bases: BasisSet | None,
 ) -> Checkpoint:
     """Write the anchor's own part (`bases`: the newest version), the index, then the marker; then prune.
 
@@ -58,9 +55,7 @@ def complete(
     folder = out / CHECKPOINTS / name
     folder.mkdir(parents=True, exist_ok=True)
     if bases is not None:
-        held = bases[1].items()
-        tensors = {f"{boundary}.{int(direction)}": q_HR.contiguous() for (boundary, direction), q_HR in held}
-        save_file(tensors, folder / BASES, metadata={"version": str(bases[0])})
+        (folder / BASES).write_bytes(to_bytes(bases))
         _sync(folder / BASES)
     tick = shards[0].tick
     index = {
@@ -92,32 +87,78 @@ def found(out: Path) -> list[Checkpoint]:
     return sorted(checkpoints, key=lambda c: c.tick)
 
 
-def latest(out: Path, manifest_digest: str | None = None) -> Checkpoint:
-    """The newest complete checkpoint; raises CheckpointError when there is none or it is of another manifest."""
+def latest(out: Path) -> Checkpoint:
+    """The newest complete checkpoint; raises CheckpointError when there is none."""
     checkpoints = found(out)
     if not checkpoints:
         raise CheckpointError(f"no complete checkpoint below {out / CHECKPOINTS}: nothing to continue or export")
-    newest = checkpoints[-1]
-    if manifest_digest is not None and newest.manifest_digest != manifest_digest:
+    return checkpoints[-1]
+
+
+def resumable(out: Path, manifest: Manifest, name: str = "") -> Checkpoint:
+    """The checkpoint to continue from: the newest, or the one of that name (a path to it will do).
+
+    Raises CheckpointError when there is none, or when it was written under knobs that train other weights.
+    """
+    chosen = latest(out)
+    if name:
+        named = {checkpoint.name: checkpoint for checkpoint in found(out)}
+        if Path(name).name not in named:
+            raise CheckpointError(
+                f"{out / CHECKPOINTS / Path(name).name} is no complete checkpoint; there are: {', '.join(named)}"
+            )
+        chosen = named[Path(name).name]
+    digest = manifest.digest()
+    if chosen.manifest_digest != digest:
+        changed = changed_knobs(out, chosen, manifest)
         raise CheckpointError(
-            f"{newest.folder} was written by a run with manifest {newest.manifest_digest[:12]}..., "
-            f"this run file gives {manifest_digest[:12]}...: resume with the run file of that run (only run.name, "
-            "run.ticks, sampler, checkpoint and evaluation knobs may differ)"
+            f"{chosen.folder} was written under other knobs ("
+            + (", ".join(changed) or f"manifest {chosen.manifest_digest[:12]}..., now {digest[:12]}...")
+            + "): resume with the run file of that run, run.toml in its folder; only run.name, run.ticks, threads, device "
+            "and the sampler and checkpoint sections may differ"
         )
-    return newest
+    return chosen
 
 
-def load_bases(checkpoint: Checkpoint) -> tuple[int, dict[Key, Tensor]]:
-    """(version, bases) as the anchor held them at a checkpoint. Raises CheckpointError."""
+def changed_knobs(out: Path, checkpoint: Checkpoint, manifest: Manifest) -> list[str]:
+    """`section.knob old -> new` for whatever makes the two digests differ; [] when the old manifest is not at hand."""
+    try:
+        old = json.loads((out / MANIFEST_FILE).read_text())
+        if old["digest"] != checkpoint.manifest_digest:
+            return []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    new = json.loads(manifest.to_json())
+    scheduled = manifest.config.optimizer.schedule != "constant"
+    changed = []
+    for section, knobs in new["config"].items():
+        outside = OUTSIDE_DIGEST.get(section, ()) or (knobs if section in OUTSIDE_DIGEST else ())
+        for knob, value in knobs.items():
+            before = old["config"].get(section, {}).get(knob)
+            if before != value and (knob not in outside or (section, knob) == ("run", "ticks") and scheduled):
+                changed.append(f"{section}.{knob} {json.dumps(before)} -> {json.dumps(value)}")
+    if old.get("model_fingerprint") != manifest.model_fingerprint:
+        changed.append("the files at model.path")
+    return changed
+
+
+def set_later_aside(out: Path, resumed: Checkpoint) -> None:
+    """Checkpoints after the one a run goes back to are of a future that it leaves: their markers are renamed.
+
+    They would be taken for the newest otherwise, and be overwritten shard by shard while they look complete.
+    """
+    for checkpoint in found(out):
+        if checkpoint.tick > resumed.tick:
+            (checkpoint.folder / MARKER).rename(checkpoint.folder / ASIDE)
+            log.warning("%s is set aside: the run goes on from %s", checkpoint.folder, resumed.name)
+
+
+def load_bases(checkpoint: Checkpoint) -> BasisSet:
+    """The bases as the anchor held them at a checkpoint. Raises CheckpointError."""
     path = checkpoint.folder / BASES
     try:
-        with safe_open(path, framework="pt") as file:
-            version = int((file.metadata() or {})["version"])
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
-        keys = {name: tuple(map(int, name.split("."))) for name in names}
-        return version, {(b, Direction(d)): tensors[name] for name, (b, d) in keys.items()}
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        return from_bytes(BasisSet, path.read_bytes())
+    except (OSError, BadFrame) as error:
         raise CheckpointError(f"{path}: the bases cannot be read ({error}); they are needed to resume") from None
 
 

@@ -16,7 +16,7 @@ EXAMPLES = """examples:
   anchor_node serve --config run.toml --listen 0.0.0.0:7400 --out runs/demo --resume
       continue it from the newest checkpoint
   anchor_node serve --config run.toml --dry-run
-      validate the run file and print the plan: stages, bytes a tick, memory
+      check the run file, model, data, reward and tokenizer, and print the plan: stages, bytes a tick, memory
   anchor_node export runs/demo --to exported
       write the newest checkpoint as a model that transformers loads
   anchor_node report runs/demo
@@ -26,12 +26,15 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    from swarm_core.exits import version
+
     top = argparse.ArgumentParser(
         prog="anchor_node",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=version())
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="serve a run", epilog=EXAMPLES, formatter_class=top.formatter_class)
@@ -46,7 +49,10 @@ def parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="SECTION.KNOB=VALUE", help="override a knob; may be repeated"
     )
     serve.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
-    serve.add_argument("--dry-run", action="store_true", help="validate, print the plan, start nothing")
+    serve.add_argument(
+        "--resume-from", default="", metavar="NAME", help="continue from that checkpoint; later ones are set aside"
+    )
+    serve.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     serve.add_argument("--log", type=Path, metavar="FILE", help="write the log there instead of to stderr")
 
     export = commands.add_parser(
@@ -86,20 +92,28 @@ def _serve(arguments: argparse.Namespace) -> int:
 
         print_plan(config)
         return 0
-    if arguments.log is not None:
-        arguments.log.parent.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        level=logging.INFO,
-        filename=arguments.log,
-        format="%(asctime)s %(levelname).1s %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    _log_to(arguments.log)
     from anchor_node.serve import ServeArguments, serve
 
-    given = ServeArguments(config, arguments.config, arguments.listen, arguments.out, arguments.resume)
+    given = ServeArguments(
+        config, arguments.config, arguments.listen, arguments.out, arguments.resume, arguments.resume_from
+    )
     reason = asyncio.run(serve(given))
     print(f"The run is over: {reason}.")
     return _report(arguments.out)
+
+
+def _log_to(file: Path | None) -> None:
+    from swarm_core.errors import UserError
+
+    try:
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        logging.basicConfig(
+            level=logging.INFO, filename=file, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
+        )
+    except OSError as error:
+        raise UserError(f"--log {file} cannot be written to ({error.strerror}): give a file that may be") from None
 
 
 def _report(run: Path) -> int:

@@ -87,7 +87,13 @@ aside p { margin: 4px 0; }
   .lead { font-size: 18px; } dl.tiles { grid-template-columns: 1fr; }
   figure { padding: 14px 10px 12px; } figcaption { padding: 0 4px; }
   svg.wide { display: none; } svg.narrow { display: block; }
-  th, td { padding: 6px 10px; } }
+  th, td { padding: 6px 10px; }
+  /* The byte table in two lines a row: which flow, then its numbers; side by side they would lie outside the screen. */
+  #ledger tr { display: grid; grid-template-columns: repeat(60, 1fr); border-bottom: 1px solid var(--grid); padding: 4px 8px; }
+  #ledger tr > * { border: 0; padding: 2px; font-size: 13px; white-space: normal; }
+  #ledger tr > :nth-child(1) { grid-column: span 24; } #ledger tr > :nth-child(2) { grid-column: span 11; }
+  #ledger tr > :nth-child(3) { grid-column: span 25; } #ledger tr > :nth-child(n+4) { grid-column: span 12; }
+  #ledger tr:has(:nth-child(9)) > :nth-child(n+4) { grid-column: span 10; } }
 @media print { body { background: none; } main { max-width: none; padding: 0; } figure, .scroll { break-inside: avoid; } }
 """
 
@@ -172,6 +178,9 @@ def _finish(ax: Axes, narrow: bool, columns: int) -> None:
         low, high = ax.get_xlim()
         if high - low < 1:  # a single tick
             ax.set_xlim(low - 1, high + 1)
+    low, high = ax.get_ylim()
+    if ax.get_yscale() == "linear" and low < 0 <= ax.dataLim.y0 and ax.dataLim.y1 > float("-inf"):
+        ax.set_ylim(-0.02 * high, high)  # no ticks below 0 for what cannot be negative; a line at 0 still shows
     handles, labels = ax.get_legend_handles_labels()
     if handles:
         room = 46 if narrow else 130 // columns  # letters

@@ -15,7 +15,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console, Group, JustifyMethod, RenderableType
+from rich.highlighter import NullHighlighter
 from rich.live import Live
+from rich.logging import RichHandler
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -72,6 +74,7 @@ class LiveTable:
         self._counts = {"commit": 0, "skip": 0}
         self._last_eval = self._last_event = self._last_error = ""
         self._live: Live | None = None
+        self._stderr_logs: list[tuple[logging.Handler, logging.Handler]] = []
 
     def __enter__(self) -> Self:
         self.start()
@@ -90,6 +93,7 @@ class LiveTable:
         try:
             self._live = Live(get_renderable=self.render, console=self.console, refresh_per_second=REDRAW_HZ)
             self._live.start()
+            self._logs_above()
         except Exception:
             log.warning("the live table cannot be drawn; going on with one line a tick", exc_info=True)
             self._live, self.plain = None, True
@@ -97,11 +101,27 @@ class LiveTable:
     def stop(self) -> None:
         """Draw once more and leave the table standing; further updates are kept but not drawn."""
         live, self._live = self._live, None
+        for plain, above in self._stderr_logs:
+            logging.getLogger().removeHandler(above)
+            logging.getLogger().addHandler(plain)
+        self._stderr_logs.clear()
         if live is not None:
             try:
                 live.stop()
             except Exception:
                 log.warning("the live table could not be closed", exc_info=True)
+
+    def _logs_above(self) -> None:
+        """Lines logged to the terminal go above the table while it is drawn; written past it they would tear it."""
+        root = logging.getLogger()
+        plain_ones = [handler for handler in root.handlers if type(handler) is logging.StreamHandler]
+        for plain in [handler for handler in plain_ones if handler.stream.isatty()]:
+            above = RichHandler(console=self.console, show_time=False, show_level=False, show_path=False, markup=False)
+            above.highlighter = NullHighlighter()
+            above.setFormatter(plain.formatter)
+            root.removeHandler(plain)
+            root.addHandler(above)
+            self._stderr_logs.append((plain, above))
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Take one metrics row of type tick, eval or event; a row that makes no sense is logged at debug level.
@@ -186,7 +206,7 @@ class LiveTable:
         cells = self._cells(row)
         of_all = f" ({row['tick'] + 1}/{self._target})" if self._target else ""
         parts = [f"tick {cells['tick']}{of_all}"]
-        parts += [f"{name} {cells[name]}" for name, _, _ in COLUMNS[1:] if cells[name] != "–"]
+        parts += [f"{name} {cells[name]}" for name, _, _ in COLUMNS[1:] if cells[name] != "–" or name == "reward"]
         dense, sent = self._sizes.get(row["tick"] - 1, (0, 0))
         if row["tick"] not in self._sizes and dense:
             parts.append(f"links of tick {row['tick'] - 1}: {byte_text(sent)}, {share_text(sent / dense)} of dense")

@@ -21,6 +21,7 @@ from anchor_node.drawing import (
     ORANGE,
     PURPLE,
     SERIES,
+    SKY,
     Drawing,
     Plan,
     bytes_axis,
@@ -46,7 +47,7 @@ def draw_all(record: RunRecord) -> list[Drawing]:
             "Reward and validation",
             "Mean reward of each tick’s rollouts (thin) with its running mean (bold), and validation on held-out prompts "
             "with 95 % intervals. The compressed line is the same weights seen through the compressed links. Dotted "
-            "lines: the compression basis was refreshed. Marks at the foot: the tick was skipped.",
+            "lines: the first tick on a refreshed compression basis. Marks at the foot: the tick was skipped.",
             _reward,
             height_px=360,
         ),
@@ -62,7 +63,7 @@ def draw_all(record: RunRecord) -> list[Drawing]:
         Plan(
             "dgg",
             "Gradient gate (DGG)",
-            "How unusual the jump of the output layer’s gradient norm was, in standard deviations of the last jumps. "
+            "How unusual the jump of the output layer’s squared gradient norm was, in standard deviations of the last jumps. "
             "Above τ, on a second or later pass over a batch (filled dots), the tick is discarded on all stages. First "
             "passes (rings) are never gated. The gate is silent until its window is full.",
             _dgg,
@@ -150,7 +151,7 @@ def _reward(axes: Sequence[Axes], record: RunRecord) -> bool:
         # Many refreshes become a fringe at the top: full lines would be a grey wall.
         low = 0.0 if len(marks) <= MANY else 0.96
         ax.axvline(tick, low, 1, color=MUTED, linewidth=1, alpha=0.7, linestyle=(0, (1, 2)), zorder=1,
-                   label="basis refreshed" if place == 0 else None)  # fmt: skip
+                   label="new basis in use" if place == 0 else None)  # fmt: skip
     skipped = [row["tick"] for row in record.ticks if _skipped(row)]
     if skipped:
         ax.plot(skipped, [0.02] * len(skipped), "x" if len(skipped) <= MANY else "|", color=PURPLE, markersize=6, markeredgewidth=1.6, clip_on=False,
@@ -171,7 +172,8 @@ def _bytes(axes: Sequence[Axes], record: RunRecord) -> bool:
         y = len(kinds) - place
         if count.dense and count.message:
             totals.plot([count.message, count.dense], [y, y], color=GRID, linewidth=5, solid_capstyle="butt", zorder=1)
-            totals.annotate(share_text(count.message_share), (count.dense, y), xytext=(9, 0), textcoords="offset points",
+            rightmost = max(count.dense, count.message)
+            totals.annotate(share_text(count.message_share), (rightmost, y), xytext=(9, 0), textcoords="offset points",
                             va="center", color=MUTED)  # fmt: skip
         if count.dense:
             totals.plot([count.dense], [y], "o", markerfacecolor=CARD, markeredgecolor=INK, markersize=8,
@@ -204,17 +206,23 @@ def _bytes_by_tick(ax: Axes, record: RunRecord, kinds: Sequence[str]) -> None:
     for place, kind in enumerate(sorted(sums, key=kind_rank)):
         found = sorted((tick, size) for tick, size in sums[kind].items() if size > 0)
         xs, ys = [float(tick) for tick, _ in found], [float(size) for _, size in found]
-        color = INK if kind.startswith("dense") else SERIES[kinds.index(kind) % 6]
+        color = INK if kind.startswith("dense") else _kind_color(kind, kinds)
         if kind.startswith("dense"):
             curve(ax, xs, ys, color, kind, DASHES[1])
         elif 2 * len(xs) < span:  # now and then: dots, a line would invent traffic between them
             ax.plot(xs, ys, "os^Dv"[place % 5], color=color, markersize=4.5 if len(xs) <= MANY else 2.5, label=kind)
         else:
-            curve(ax, xs, ys, color, kind, DASHES[(kinds.index(kind) // 6) % 4])
+            curve(ax, xs, ys, color, kind, DASHES[2] if color in (SKY, MUTED) else "-")
     ax.set_yscale("log")
     ax.set_xlabel("tick")
     ax.set_ylabel("bytes a tick")
     bytes_axis(ax.yaxis)
+
+
+def _kind_color(kind: str, kinds: Sequence[str]) -> str:
+    """A colour of its own for each kind of a run; control, which is never much, is grey."""
+    others = [other for other in kinds if other != "control"]
+    return MUTED if kind == "control" else SERIES[others.index(kind) % 6]
 
 
 def _dgg(axes: Sequence[Axes], record: RunRecord) -> bool:

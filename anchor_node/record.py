@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 
 
 class LedgerRow(NamedTuple):
-    """One line of `ledger.csv`; all sizes in bytes, `wire` is None until it was measured."""
+    """One line of `ledger.csv`; all sizes in bytes, `wire` is None where a row has none."""
 
     tick: int
     link: str
@@ -43,7 +43,7 @@ class LedgerRow(NamedTuple):
 
 @dataclass(frozen=True)
 class ByteCount:
-    """A sum of ledger rows, in bytes. `wire` is a number only when *every* row of the sum was measured."""
+    """A sum of ledger rows, in bytes. `wire` is a number only when *every* row of the sum has it."""
 
     dense: int = 0
     packet: int = 0
@@ -212,7 +212,7 @@ def ledger_summary(source: Path | str | Iterable[LedgerRow | Row]) -> LedgerSumm
         by_flow={flow: by_flow[flow] for flow in in_order},
         link=link,
         total=total,
-        ticks=len({row.tick for row in rows if row.kind in LINK_KINDS}),
+        ticks=len({row.tick for row in rows if row.kind == LINK_KINDS[1]}),  # a score pass alone is no tick
         bad_rows=bad,
     )
 

@@ -15,25 +15,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from anchor_node.books import Books
-from anchor_node.calibrator import BasisKeeper, Key, calibration_samples, first_bases
-from anchor_node.checkpoints import Checkpoint, CheckpointError, found, latest, load_bases
+from anchor_node.calibrator import BasisKeeper, calibration_samples, directions, first_bases
+from anchor_node.checkpoints import Checkpoint, CheckpointError, found, load_bases, resumable
 from anchor_node.live import LiveTable
 from anchor_node.service import AnchorService
+from anchor_node.steering import Steering
 from codec.spec import Direction
 from swarm_core.config import RunConfig
 from swarm_core.data.dataset import Row, load_rows, prompt_indices
 from swarm_core.data.prompts import encode_prompt
+from swarm_core.exits import leave_terminal
 from swarm_core.manifest import Manifest, make_manifest
 from swarm_core.models.architecture import eos_ids, fingerprint, read_shape, resolve
 from swarm_core.models.reading import load_tokenizer, open_stage
-from swarm_core.run_folder import ADDRESS_FILE, JOURNAL_FILE, MANIFEST_FILE
+from swarm_core.run_folder import ADDRESS_FILE, JOURNAL_FILE, MANIFEST_FILE, make_folder
+from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.ledger import Ledger
+from swarm_core.wire.messages import BasisSet
 from swarm_core.wire.streams import dialable_here
 
 log = logging.getLogger(__name__)
+REMIND_S = 60.0  # between two words to whoever watches a swarm that waits for a sampler
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class ServeArguments:
     listen: str
     out: Path
     resume: bool
+    resume_from: str = ""  # the checkpoint to go back to, where it is not the newest
 
 
 def prepare(config: RunConfig) -> tuple[Manifest, Path]:
@@ -61,37 +66,55 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
     """
     config, out = arguments.config, arguments.out
     manifest, model_path = prepare(config)
-    resume = latest(out, manifest.digest()) if arguments.resume else None
+    resume = resumable(out, manifest, arguments.resume_from) if arguments.resume or arguments.resume_from else None
     rows = load_rows(config.data.train)  # a row without an answer is refused before anything starts
     if config.data.validation is not None:
         load_rows(config.data.validation)
-    ledger = Ledger()
-    with _alone(out):
-        metrics = out / "metrics.jsonl"
-        ticked = metrics.exists() and '"type": "tick"' in metrics.read_text(errors="replace")
-        if resume is None and (ticked or found(out) or (out / JOURNAL_FILE).exists()):
-            raise CheckpointError(f"{out} holds a run already: give --resume to continue it, or another --out")
-        books, screen = Books(out), _table(config, manifest, resume.tick if resume else 0)
-        service = AnchorService(manifest, books, None, screen, out, resume, ledger)
-        # The socket before anything is written: a port in use must not leave a trace in the folder.
-        address = await service.server.start(arguments.listen)
-        _write_run_files(arguments, manifest, model_path)
+    screen = _table(config, manifest, resume.tick if resume else 0)
+    service = AnchorService(manifest, screen, out, resume, Ledger())
+    # The socket before anything is written: a port in use must not leave a trace in the folder.
+    address = await service.server.start(arguments.listen)
+    service.address = dialable_here(address)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_alone(out))
+            if resume is None:
+                _refuse_used(out)
+            service.books = Books(out)
+            _write_run_files(arguments, manifest, model_path)
+        except BaseException:
+            await service.server.stop()
+            raise
         if signals:
             _on_signals(service)
         screen.start()
+        reminder = asyncio.create_task(_remind(service))
         try:
             if config.links.kind == "lowrank" and manifest.boundaries:
-                version, bases = await asyncio.to_thread(_bases, manifest, model_path, rows, resume)
-                service.keeper = BasisKeeper(manifest.link(), manifest.boundaries, version, bases)
+                service.keeper = await asyncio.to_thread(keeper_of, manifest, model_path, rows, resume)
             service.open()
-            _announce(out / ADDRESS_FILE, dialable_here(address))
+            _announce(out / ADDRESS_FILE, service.address)
             log.info("anchor of run %s (manifest %s) listening on %s", config.run.name, manifest.digest()[:12], address)
             return await service.over
         finally:
+            reminder.cancel()
             await service.close()
             screen.stop()
-            books.close()
+            service.books.close()
             (out / ADDRESS_FILE).unlink(missing_ok=True)
+
+
+def _refuse_used(out: Path) -> None:
+    metrics = out / "metrics.jsonl"
+    ticked = metrics.exists() and '"type": "tick"' in metrics.read_text(errors="replace")
+    if ticked or found(out) or (out / JOURNAL_FILE).exists():
+        raise CheckpointError(f"{out} holds a run already: give --resume to continue it, or another --out")
+
+
+async def _remind(service: AnchorService) -> None:
+    while True:
+        await asyncio.sleep(REMIND_S)
+        service.ask_for_sampler()
 
 
 def _announce(file: Path, address: str) -> None:
@@ -104,8 +127,7 @@ def _announce(file: Path, address: str) -> None:
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Hold a run folder: two anchors would write over each other."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
+    with (make_folder(out) / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -113,10 +135,20 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _bases(
-    manifest: Manifest, model_path: Path, rows: list[Row], resume: Checkpoint | None
-) -> tuple[int, dict[Key, Tensor]]:
-    return load_bases(resume) if resume else (0, _calibrate(manifest, model_path, rows))
+def keeper_of(manifest: Manifest, model_path: Path, rows: list[Row], resume: Checkpoint | None) -> BasisKeeper:
+    """The keeper of the bases, with those of a checkpoint or with a version 0 of its own making."""
+    links, spec = manifest.config.links, manifest.link()
+    current = load_bases(resume) if resume else _calibrate(manifest, model_path, rows)
+    steering = {
+        direction: Steering(links.bytes_per_token, links.target_share, spec.columns(direction))
+        for direction in directions(spec)
+    }
+    try:
+        return BasisKeeper(spec, manifest.boundaries, current, links.fit, links.fit_ridge, steering)
+    except BadFrame as error:
+        raise CheckpointError(
+            f"the bases of {resume.name if resume else 'version 0'} cannot be used: {error}"
+        ) from None
 
 
 def _table(config: RunConfig, manifest: Manifest, first_tick: int) -> LiveTable:
@@ -142,7 +174,7 @@ def _write_run_files(arguments: ServeArguments, manifest: Manifest, model_path: 
     (out / MANIFEST_FILE).write_text(json.dumps(described, indent=1, default=str) + "\n")
 
 
-def _calibrate(manifest: Manifest, model_path: Path, rows: list[Row]) -> dict[Key, Tensor]:
+def _calibrate(manifest: Manifest, model_path: Path, rows: list[Row]) -> BasisSet:
     """Version 0, from the initial checkpoint and a few training prompts with their answers."""
     config = manifest.config
     tokenizer = load_tokenizer(model_path)
@@ -152,27 +184,33 @@ def _calibrate(manifest: Manifest, model_path: Path, rows: list[Row]) -> dict[Ke
     answers = [tokenizer(str(row.answer), add_special_tokens=False)["input_ids"] + end for row in chosen]
     generator = torch.Generator().manual_seed(config.run.seed)
     stages = [open_stage(model_path, span) for span in manifest.spans]
-    bases = first_bases(stages, calibration_samples(prompts, answers, generator), manifest.link())
+    links, samples = config.links, calibration_samples(prompts, answers, generator)
+    steps = links.steps
+    bases = first_bases(stages, samples, manifest.link(), links.fit, links.fit_ridge, links.outliers, steps)
     log.info("basis version 0 calibrated on %d prompts", len(chosen))
     return bases
 
 
 def _on_signals(service: AnchorService) -> None:
-    """The first SIGINT or SIGTERM drains: the tick ends, a checkpoint is written. The second one ends at once."""
+    """The first SIGINT, SIGTERM or SIGHUP drains: the tick ends, a checkpoint is written. The second one ends at once."""
     loop = asyncio.get_running_loop()
-
     asked = False
 
     def stop(name: str) -> None:
         nonlocal asked
         if asked:  # calibrating, or waiting for a tick: either way, the default of the signal is what was asked for
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in numbers:
                 loop.remove_signal_handler(number)
             os.kill(os.getpid(), signal.SIGTERM)
             return
         asked = True
+        if name == "SIGHUP":
+            leave_terminal()
         print(f"{name}: stopping after this tick, with a checkpoint; once more to stop at once", file=sys.stderr)
         service.drain(name)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup a hang-up is ignored, and stays so
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         loop.add_signal_handler(number, stop, number.name)

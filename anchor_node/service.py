@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from anchor_node.books import Books
-from anchor_node.calibrator import BasisKeeper, basis_set, part_for_stage
-from anchor_node.checkpoints import Checkpoint, complete
+from anchor_node.calibrator import BasisKeeper, part_for_stage
+from anchor_node.checkpoints import Checkpoint, complete, set_later_aside
 from anchor_node.roster import Member, Roster
 from swarm_core.manifest import Manifest
 from swarm_core.wire.errors import BadFrame, PeerLost, Refused
@@ -49,13 +49,16 @@ EVALUATION = "evaluation"
 
 
 class AnchorService:
-    """One run, from the first HELLO to STOP. `over` resolves with the reason of the end, or fails with what broke."""
+    """One run, from the first HELLO to STOP. `over` resolves with the reason of the end, or fails with what broke.
+
+    `books` are opened once the server has bound, `keeper` comes with the first bases, both before `open`.
+    """
+
+    books: Books
 
     def __init__(
         self,
         manifest: Manifest,
-        books: Books,
-        keeper: BasisKeeper | None,
         screen: Screen,
         out: Path,
         resume: Checkpoint | None,
@@ -64,8 +67,9 @@ class AnchorService:
         self.manifest = manifest
         self.digest = manifest.digest()
         self.roster = Roster(manifest.stages, self.digest, manifest.model_fingerprint)
-        self.books, self.keeper, self.screen, self.out, self.resume = books, keeper, screen, out, resume
-        self.ledger = ledger
+        self.screen, self.out, self.resume, self.ledger = screen, out, resume, ledger
+        self.keeper: BasisKeeper | None = None
+        self.address = "HOST:PORT"  # where a sampler on this machine dials in
         self.tick = resume.tick if resume else 0
         self._open = asyncio.Event()
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -77,6 +81,7 @@ class AnchorService:
         self._complete: set[str] = {resume.name} if resume else set()
         self._reason = "stopped before it began"
         self._draining = False
+        self._failure = ""  # what a stage said of its end, since the start
         self._gone = asyncio.Condition()
 
     @property
@@ -116,7 +121,7 @@ class AnchorService:
                 self.roster.leave(member)
                 self._stages.pop(stage, None)
                 if self.roster.started and (self._owed is None or self._owed - {EVALUATION}):
-                    self._fail(PeerLost(f"{stream.peer} {why} at tick {self.tick}"))
+                    self._fail(PeerLost(self._failure or f"{stream.peer} {why} at tick {self.tick}"))
                 async with self._gone:
                     self._gone.notify_all()
 
@@ -142,7 +147,11 @@ class AnchorService:
                 if complete:
                     self._start()
             case FrameKind.REPORT:
-                self._note(from_bytes(Report, frame.payload))
+                report = from_bytes(Report, frame.payload)
+                if report.words.get("event") == "failed":
+                    # Its neighbours leave with it, and may be the first to be missed.
+                    self._failure = self._failure or report.words["message"]
+                self._note(report)
             case FrameKind.SKETCH:
                 self._take_sketch(from_bytes(Sketch, frame.payload))
             case FrameKind.SAVED:
@@ -153,12 +162,13 @@ class AnchorService:
                 raise BadFrame(f"stage {member.stage} sent {kind.name}")
 
     def _start(self) -> None:
+        self._failure = ""
         if self.resume is not None:
             self.books.cut(self.resume.tick)
+            set_later_aside(self.out, self.resume)
         for stage, box in self._stages.items():
             if self.keeper is not None:
-                bases = basis_set(self.keeper.version, self.tick, self.keeper.bases)
-                self._post(box, FrameKind.BASIS, part_for_stage(bases, stage))
+                self._post(box, FrameKind.BASIS, part_for_stage(self.keeper.current, stage))
             self._post(box, FrameKind.START, self._start_message())
         for box in self._samplers:
             self._start_sampler(box)
@@ -185,10 +195,10 @@ class AnchorService:
             if self.roster.started and not self.roster.missing():
                 self._start_sampler(box)
             try:
-                await stream.expect(FrameKind.READY)
-                self.event("ready", "a sampler")
                 while (frame := await stream.receive()) is not None:
-                    if frame.header.kind is FrameKind.REPORT:
+                    if frame.header.kind is FrameKind.READY:
+                        self.event("ready", "a sampler")
+                    elif frame.header.kind is FrameKind.REPORT:
                         self._note(from_bytes(Report, frame.payload))
                     elif frame.header.kind is FrameKind.STOP:
                         self.drain(from_bytes(Stop, frame.payload).reason)
@@ -197,16 +207,21 @@ class AnchorService:
             finally:
                 self._samplers.remove(box)
                 if not self.over.done() and self._owed is None:
-                    self.event("sampler", "the sampler went away; ticks go on while there are rollouts")
+                    self.event("sampler", "a sampler went away; ticks go on while there are rollouts")
+                    self.ask_for_sampler()
                 if not self._samplers:
                     self._settle(EVALUATION)  # nobody is left to make it
                 async with self._gone:
                     self._gone.notify_all()
 
+    def ask_for_sampler(self) -> None:
+        """Say how to go on while the swarm has no sampler; called again and again, as nothing else will happen."""
+        if self.roster.started and not self._samplers and self._owed is None and not self.over.done():
+            self.event("waiting", f"for a sampler; start: swarm_worker sample --anchor {self.address}")
+
     def _start_sampler(self, box: Outbox) -> None:
         if self.keeper is not None:
-            bases = basis_set(self.keeper.version, self.tick, self.keeper.bases)
-            self._post(box, FrameKind.BASIS, bases)
+            self._post(box, FrameKind.BASIS, self.keeper.current)
         self._post(box, FrameKind.START, self._start_message())
 
     # What is reported --------------------------------------------------------------------------------------------------
@@ -252,14 +267,22 @@ class AnchorService:
             for (boundary, direction), value in self.keeper.overlap.items()
         }
         lowest = min(numbers.values())
+        for (boundary, direction), basis in self.keeper.bases.items():
+            name = f"{direction.name.lower()}/boundary_{boundary}"
+            numbers |= {f"basis/rank_{name}": basis.rank, f"basis/step_{name}": basis.step}
+        for (boundary, direction), share in self.keeper.share.items():
+            numbers[f"basis/fit_{direction.name.lower()}/boundary_{boundary}"] = share
         self.event("basis", f"version {new.version}, overlap with the last one >= {lowest:.3f}", numbers)
+        for (boundary, direction), decision in self.keeper.decisions.items():
+            if decision.why:
+                self.event("steering", f"boundary {boundary} {direction.name.lower()}: {decision.why}")
 
     def _take_saved(self, stage: int, saved: Saved) -> None:
         shards = self.roster.saved(stage, saved)
         if shards is None:
             return
         if saved.checkpoint not in self._complete:  # what is complete is never written again
-            bases = (self.keeper.version, self.keeper.bases) if self.keeper is not None else None
+            bases = self.keeper.current if self.keeper is not None else None
             keep = self.manifest.config.checkpoint.keep
             made = complete(self.out, saved.checkpoint, self.digest, shards, keep, bases)
             self._complete.add(saved.checkpoint)

@@ -1,8 +1,14 @@
-"""How a command ends: one line and exit code 2 for what the user can mend, 1 for what broke, 130 for an interrupt."""
+"""How a command ends: one line and exit code 2 for what the user can mend, 1 for what broke, 130 for an interrupt.
+
+No command and no error is defined here.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
+import os
+import stat
 import sys
 from collections.abc import Callable
 
@@ -26,3 +32,20 @@ def run_to_exit_code(command: str, work: Callable[[], int | None]) -> int:
     except Exception:
         logging.getLogger(command).exception("%s broke; this is a bug, please report it with the lines below", command)
         return BROKE
+
+
+def version() -> str:
+    """What `--version` prints."""
+    try:
+        return f"%(prog)s of kedge {importlib.metadata.version('kedge')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "%(prog)s of kedge, not installed: run from its folder"
+
+
+def leave_terminal() -> None:
+    """The terminal has hung up: what would still be written to it goes nowhere, where it would raise."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # isatty would say no: it cannot be asked any more
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)

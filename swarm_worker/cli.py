@@ -25,12 +25,15 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    from swarm_core.exits import version
+
     top = argparse.ArgumentParser(
         prog="swarm_worker",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=version())
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     join = commands.add_parser(
@@ -47,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     join.add_argument(
         "--advertise", metavar="HOST:PORT", help="the address others should dial, if not the listening one"
     )
+    _limit(join)
     join.add_argument("--expect-digest", default="", metavar="HEX", help="refuse any manifest but this one")
 
     sample = commands.add_parser(
@@ -71,10 +75,22 @@ def parser() -> argparse.ArgumentParser:
     local.add_argument(
         "--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="the anchor's address (default: any port)"
     )
+    _limit(local)
     local.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    local.add_argument(
+        "--resume-from", default="", metavar="NAME", help="continue from that checkpoint; later ones are set aside"
+    )
     local.add_argument("--fresh", action="store_true", help="delete an earlier run in --out first")
-    local.add_argument("--dry-run", action="store_true", help="validate the run file, print the plan, start nothing")
+    local.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     return top
+
+
+def _limit(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--limit-mbps",
+        metavar="UP[:DOWN]",
+        help="what each stage may use of its line, in Mbit/s on the line: 50, or 50:200 for sending and receiving",
+    )
 
 
 def _common(command: argparse.ArgumentParser) -> None:
@@ -124,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model=arguments.model,
             expect_digest=arguments.expect_digest,
             wait_s=arguments.wait,
+            limit_mbps=arguments.limit_mbps,
         )
         return run_to_exit_code("swarm_worker join", lambda: asyncio.run(hold_stage(given)))
     from swarm_worker.sampler.process import SamplerArguments, serve_rollouts

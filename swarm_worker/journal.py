@@ -23,8 +23,8 @@ class Journal:
             _replace(path, "".join(kept))
         self._file = path.open("a")
 
-    def write(self, stamp: Stamp, decide: Decide, norm: float) -> None:
-        """Append a decided tick and wait until it is on disk."""
+    def write(self, stamp: Stamp, decide: Decide, norm: float, fault: str = "") -> None:
+        """Append a decided tick and wait until it is on disk. `fault` says where a NaN or Inf was caught."""
         line = {
             "epoch": stamp.epoch,
             "tick": stamp.tick,
@@ -42,6 +42,8 @@ class Journal:
             "coefficient": decide.coefficient.hex(),  # exact
             "grad_norm": norm if math.isfinite(norm) else None,  # JSON has no NaN
         }
+        if fault:
+            line["fault"] = fault
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())

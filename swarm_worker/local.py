@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import json
 import os
 import shutil
@@ -11,16 +13,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from swarm_core.errors import UserError
-from swarm_core.exits import BAD_INPUT, BROKE, INTERRUPTED
-from swarm_core.run_folder import ADDRESS_FILE, MANIFEST_FILE
+from swarm_core.exits import BAD_INPUT, BROKE, INTERRUPTED, leave_terminal
+from swarm_core.run_folder import ADDRESS_FILE, MANIFEST_FILE, make_folder
 
 START_LIMIT_S = 300.0  # importing torch and calibrating on a loaded machine
 LEAVE_LIMIT_S = 15.0  # for the last reports, once the anchor has gone
+BLAME_LIMIT_S = 5.0  # for the others to fail too, once one has
 LOG_TAIL_LINES = 15
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
@@ -34,22 +39,36 @@ class Child:
 
 def run_local(arguments: argparse.Namespace) -> int:
     """Bring up a swarm, wait for its end. Returns the exit code of the run."""
+    from swarm_core.wire.pacing import read_limits
+
+    read_limits(arguments.limit_mbps)  # a bad one is refused before anything starts
     out: Path = arguments.out
     anchor = _anchor_command(arguments)
     if arguments.dry_run:
-        return subprocess.run([*anchor, "--dry-run"], check=False).returncode
-    if arguments.fresh and arguments.resume:
+        return _dry_run(arguments, anchor)
+    if arguments.fresh and (arguments.resume or arguments.resume_from):
         raise UserError("--fresh deletes the run that --resume would continue: give one of them")
+    make_folder(out)
     earlier = _set_aside(out) if arguments.fresh else None
-    (out / "logs").mkdir(parents=True, exist_ok=True)
+    make_folder(out / "logs")
     (out / ADDRESS_FILE).unlink(missing_ok=True)
-    swarm = LocalSwarm(out)
+    swarm = LocalSwarm(out, arguments.limit_mbps)
     try:
         code = swarm.run(anchor)
     finally:
         swarm.kill()
         if earlier is not None:
             _drop_or_restore(earlier, out, started=swarm.started)
+    return code
+
+
+def _dry_run(arguments: argparse.Namespace, anchor: list[str]) -> int:
+    from swarm_core.config import load, parse_overrides
+    from swarm_worker.device import pick_device
+
+    code = subprocess.run([*anchor, "--dry-run"], check=False).returncode
+    if code == 0:
+        pick_device(load(arguments.config, parse_overrides(_overrides(arguments))).run.device)
     return code
 
 
@@ -73,19 +92,35 @@ def _drop_or_restore(earlier: Path, out: Path, *, started: bool) -> None:
 def _anchor_command(arguments: argparse.Namespace) -> list[str]:
     command = [sys.executable, "-m", "anchor_node.cli", "serve", "--config", str(arguments.config)]
     command += ["--out", str(arguments.out), "--listen", arguments.listen]
+    for override in _overrides(arguments):
+        command += ["--set", override]
+    command += ["--resume-from", arguments.resume_from] if arguments.resume_from else []
+    return command + (["--resume"] if arguments.resume else [])
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
     overrides = list(arguments.set)
     overrides += [f"swarm.stages={arguments.stages}"] if arguments.stages is not None else []
     overrides += [f"run.ticks={arguments.ticks}"] if arguments.ticks is not None else []
-    for override in overrides:
-        command += ["--set", override]
-    return command + (["--resume"] if arguments.resume else [])
+    return overrides
+
+
+def _stop_with_parent() -> Callable[[], None] | None:
+    """What a child runs before its program: on Linux it asks for SIGTERM, hence for the end after the tick under way
+    with a checkpoint, when this process is gone without a word (kill -9). None elsewhere."""
+    try:
+        prctl = ctypes.CDLL(None).prctl
+    except (OSError, AttributeError):
+        return None
+    return functools.partial(prctl, PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 class LocalSwarm:
     """The children, in the order they were started: anchor, stages, sampler."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, limit_mbps: str | None = None) -> None:
         self.out = out
+        self._limit = [] if limit_mbps is None else ["--limit-mbps", limit_mbps]
         self.children: list[Child] = []
         self.started = False  # the anchor came up: the run file, the model and the data are sound
         self._interrupts = 0
@@ -94,6 +129,8 @@ class LocalSwarm:
         """Start everything and wait until the anchor says the run is over, or somebody dies."""
         signal.signal(signal.SIGINT, self._interrupted)
         signal.signal(signal.SIGTERM, self._interrupted)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup a hang-up is ignored, and stays so
+            signal.signal(signal.SIGHUP, self._interrupted)
         # The anchor draws the live table, so it keeps the terminal; its own log goes to a file of its own.
         anchor = self._start("anchor", [*anchor_command, "--log", str(self.out / "logs" / "anchor.log")], terminal=True)
         address = self._await_address(anchor)
@@ -104,7 +141,7 @@ class LocalSwarm:
         worker = [sys.executable, "-m", "swarm_worker.cli"]
         common = ["--anchor", address, "--out", str(self.out)]
         for stage in range(self._stages()):
-            self._start(f"stage-{stage}", [*worker, "join", "--stage", str(stage), *common])
+            self._start(f"stage-{stage}", [*worker, "join", "--stage", str(stage), *common, *self._limit])
         self._start("sampler", [*worker, "sample", *common])
         return self._watch()
 
@@ -122,6 +159,7 @@ class LocalSwarm:
                 stderr=None if terminal else file,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C reaches us alone; we pass it on once, to the anchor
+                preexec_fn=_stop_with_parent(),  # noqa: PLW1509 - no other thread runs here
                 env=environment,
             )
         child = Child(name, process, log)
@@ -143,7 +181,7 @@ class LocalSwarm:
         """0 when all ended well; otherwise the child that ends badly is reported."""
         while self.children[0].process.poll() is None:
             if any(child.process.poll() not in (None, 0) for child in self.children):
-                time.sleep(1.0)  # neighbours fail within the same moments: let them, to find the one that began
+                self._await_end(BLAME_LIMIT_S)  # neighbours fail in the same moments: let them, to find who began
                 break
             time.sleep(0.1)
         else:
@@ -151,6 +189,11 @@ class LocalSwarm:
         ended = [(child, child.process.poll()) for child in self.children]
         bad = [(child, code) for child, code in ended if code not in (None, 0)]
         return self._report(bad) if bad else 0
+
+    def _await_end(self, limit_s: float) -> None:
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline and any(child.process.poll() is None for child in self.children):
+            time.sleep(0.05)
 
     def _await_rest(self) -> None:
         """The anchor has sent everybody home; a child that had not even joined has no one left to join."""
@@ -185,6 +228,8 @@ class LocalSwarm:
     def _interrupted(self, number: int, _frame: object) -> None:
         """First: drain through the anchor. Second: end now."""
         self._interrupts += 1
+        if number == signal.SIGHUP:
+            leave_terminal()
         if self._interrupts > 1 or not self.children:
             raise KeyboardInterrupt
         self.children[0].process.send_signal(number)

@@ -6,6 +6,7 @@ marker that makes a checkpoint complete are the anchor's (anchor_node/checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swarm_core.errors import UserError
-from swarm_core.run_folder import CHECKPOINTS, checkpoint_name
+from swarm_core.run_folder import CHECKPOINT_INDEX, CHECKPOINTS, checkpoint_name
 from swarm_core.wire.messages import Saved
 
 
@@ -59,12 +60,15 @@ def write_shard(path: Path, shard: Shard) -> tuple[str, int]:
 class ShardWriter:
     """Writes one stage's shards below a run folder, each tick's once."""
 
-    def __init__(self, out: Path, stage: int, stages: int, manifest_digest: str, newest: Saved | None) -> None:
-        """`newest` is the shard that a resumed run started from."""
+    def __init__(
+        self, out: Path, stage: int, stages: int, manifest_digest: str, newest: Saved | None, keep: int = 0
+    ) -> None:
+        """`newest` is the shard that a resumed run started from; of older ones `keep` stay (0: all)."""
         self._folder = out / CHECKPOINTS
         self._file = shard_name(stage, stages)
         self._digest = manifest_digest
         self._newest = newest
+        self._keep = keep
 
     def write(self, tick: int, make: Callable[[], Shard]) -> Saved:
         """Write the shard of this tick. One that is there already stays: rewriting would tear a complete checkpoint."""
@@ -73,7 +77,24 @@ class ShardWriter:
             shard.meta["manifest_digest"] = self._digest
             digest, size = write_shard(self._folder / name / self._file, shard)
             self._newest = Saved(tick, name, self._file, digest, size)
+            self._prune()
         return self._newest
+
+    def _prune(self) -> None:
+        """Older shards of this stage go, where no anchor sees to it.
+
+        One more stays than the anchor keeps checkpoints: the newest is not complete before every stage has written its
+        own. A folder with an index is the anchor's, which shares this disk and prunes by itself; names above the
+        newest are of a future that a resumed run has left.
+        """
+        assert self._newest is not None
+        names = sorted(path.parent.name for path in self._folder.glob(f"*/{self._file}"))
+        past = [name for name in names if name <= self._newest.checkpoint]
+        for name in past[: -(self._keep + 1)] if self._keep else []:
+            if not (self._folder / name / CHECKPOINT_INDEX).exists():
+                (self._folder / name / self._file).unlink()
+                with contextlib.suppress(OSError):  # another stage's shard is still there
+                    (self._folder / name).rmdir()
 
 
 def read_shard(path: Path, digest: str = "") -> Shard:

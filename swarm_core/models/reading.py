@@ -85,7 +85,10 @@ def load_tokenizer(path: str | Path) -> Any:
     if not Path(path).is_dir():
         raise ModelError(f"tokenizer in {path}", "no such directory", "a checkpoint directory", "check the path")
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        found = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        if found.vocab_size < 2:  # of a config alone transformers makes one that has an end token and no word
+            raise ValueError("no vocabulary")
+        return found
     except Exception as error:  # ValueError, OSError, KeyError or the Rust tokenizer's bare Exception, by file
         raise ModelError(
             f"tokenizer in {path}",

@@ -17,7 +17,7 @@ from swarm_core.data.prompts import ChatTemplate, completion_text, encode_prompt
 from swarm_worker.sampler.collect import row_call
 from swarm_worker.sampler.engine import ProjectingEngine, Projection
 from swarm_worker.sampler.errors import SamplerError
-from swarm_worker.sampler.verify import VerifierPool
+from swarm_worker.sampler.verify import VerifierPool, failures
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class EvaluationSpec:
 class Evaluation:
     """`accuracy` is the share of right completions among all; one that the verifier failed on (`failed`) is not right.
 
-    `standard_error` is that of the accuracy over prompts, and `mean_reward` is over judged completions only.
+    `standard_error` is that of the accuracy over prompts, and `mean_reward` is over judged completions only; `failures` says in words why others were not judged.
     """
 
     accuracy: float
@@ -48,6 +48,7 @@ class Evaluation:
     mean_length: float
     truncated_share: float
     weight_version: int
+    failures: str = ""
 
 
 def evaluate(
@@ -73,7 +74,8 @@ def evaluate(
             prompt_ids, spec.samples_per_prompt, spec.temperature, spec.max_new_tokens, spec.seed
         )
     calls = [row_call(rows[g.prompt_index], completion_text(tokenizer, g.completion_ids)) for g in generations]
-    rewards = [verdict.reward for verdict in verifier.score(calls)]
+    verdicts = verifier.score(calls)
+    rewards = [verdict.reward for verdict in verdicts]
     judged = [reward for reward in rewards if reward is not None]
     right = [float(reward is not None and reward >= spec.right_from) for reward in rewards]
     n = spec.samples_per_prompt
@@ -88,4 +90,5 @@ def evaluate(
         mean_length=statistics.fmean(len(g.completion_ids) for g in generations),
         truncated_share=sum(g.truncated for g in generations) / len(generations),
         weight_version=version,
+        failures=failures(verdicts),
     )

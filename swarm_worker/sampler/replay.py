@@ -52,17 +52,38 @@ def read_rollouts(path: str | Path, group_size: int, *, groups: int | None = Non
     if not path.exists() or path.is_dir():  # a named pipe will do: batches are read as they are asked for
         raise ReplayError(path, None, "no such file; give the path of a .jsonl file of recorded rollouts")
     lines: list[_Line] = []
-    last_batch = -1
-    for line in _read_lines(path):
-        if lines and line.batch != lines[0].batch:
-            yield _assemble(path, lines, group_size, groups)
-            last_batch, lines = lines[0].batch, []
-        if line.batch <= last_batch:
-            raise ReplayError(path, line.number, f"batch {line.batch} after batch {last_batch}, wanted rising order")
-        lines.append(line)
+    last_batch, torn = -1, False
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            torn = not raw.endswith(b"\n")
+            if torn:
+                break
+            line = _parse(path, number, raw)
+            if lines and line.batch != lines[0].batch:
+                yield _assemble(path, lines, group_size, groups)
+                last_batch, lines = lines[0].batch, []
+            if line.batch <= last_batch:
+                raise ReplayError(
+                    path, line.number, f"batch {line.batch} after batch {last_batch}, wanted rising order"
+                )
+            lines.append(line)
+    missing = groups is not None and len(lines) < groups * group_size
+    if torn and not missing and groups is not None:  # the cut line was the first of another batch
+        yield _assemble(path, lines, group_size, groups)
+        last_batch, lines = lines[0].batch, []
+    if torn or (missing and last_batch >= 0):
+        raise _torn(path, lines, last_batch, number)
     if not lines:
         raise ReplayError(path, None, "the file holds no rollout")
     yield _assemble(path, lines, group_size, groups)
+
+
+def _torn(path: Path, lines: list[_Line], last_batch: int, end: int) -> ReplayError:
+    """The recorder was stopped while it wrote the last batch; every batch before it is whole."""
+    batch, keep = (lines[0].batch, lines[0].number - 1) if lines else (last_batch + 1, end - 1)
+    problem = f"batch {batch} is torn: the recording was stopped while it was written"
+    todo = f"replay the whole batches before it: head -n {keep} {path} > whole.jsonl" if keep else "no batch is whole"
+    return ReplayError(path, end, f"{problem}; {todo}, or record it again")
 
 
 class ReplayWriter:
@@ -124,14 +145,6 @@ def _record(batch: RolloutBatch, place: int, completion: Completion) -> dict[str
         "weight_version": batch.weight_version,
         "row": completion.prompt_index,
     }
-
-
-def _read_lines(path: Path) -> Iterator[_Line]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.endswith(b"\n"):
-                raise ReplayError(path, number, "the line is not whole; open the record for writing to cut it off")
-            yield _parse(path, number, raw)
 
 
 def _parse(path: Path, number: int | None, raw: bytes | str) -> _Line:

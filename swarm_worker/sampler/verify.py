@@ -24,6 +24,7 @@ from typing import Any, Literal, Self
 
 from swarm_worker.sampler.errors import VerifierError
 
+LONGEST_DETAIL = 200  # letters of an error that are told: it becomes one line of a table
 START_LIMIT_S = 120.0  # a first import of a heavy verifier on a cold disk takes tens of seconds
 Outcome = Literal["scored", "declined", "raised", "timed_out", "died", "invalid"]
 OUTCOMES: tuple[Outcome, ...] = ("scored", "declined", "raised", "timed_out", "died", "invalid")
@@ -45,6 +46,22 @@ class Verdict:
     reward: float | None
     outcome: Outcome
     detail: str = ""
+
+
+def failures(verdicts: Sequence[Verdict]) -> str:
+    """The calls that gave no reward, by outcome with the most frequent detail, as one line; "" when all is well.
+
+    A verifier may decline single answers; one that declines every answer is told too.
+    """
+    found = Counter(verdict.outcome for verdict in verdicts)
+    parts = []
+    for outcome in OUTCOMES[1:]:
+        if not found[outcome] or (outcome == "declined" and found[outcome] < len(verdicts)):
+            continue
+        detail = Counter(v.detail for v in verdicts if v.outcome == outcome).most_common(1)[0][0]
+        text = f"{found[outcome]} of {len(verdicts)} verifier calls {outcome.replace('_', ' ')}"
+        parts.append(text + (f": {' '.join(detail.split())[:LONGEST_DETAIL]}" if detail else ""))
+    return "; ".join(parts)
 
 
 @dataclass

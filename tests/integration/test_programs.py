@@ -87,7 +87,9 @@ def test_bad_run_files_are_refused_in_one_line(tiny: Path) -> None:
 def test_dry_run_prints_the_plan(tiny: Path) -> None:
     done = run("anchor_node", "serve", "--config", tiny / "run.toml", "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert "25.0% of dense" in done.stdout and "Mbit/s" in done.stdout
+    assert "% of dense bf16" in done.stdout and "Mbit/s" in done.stdout
+    (tiny / "model" / "tokenizer.json").unlink()
+    refused(run("swarm_worker", "local", "--config", tiny / "run.toml", "--dry-run"), "tokenizer")
 
 
 def test_an_anchor_that_does_not_answer_is_named() -> None:
@@ -95,7 +97,25 @@ def test_an_anchor_that_does_not_answer_is_named() -> None:
         held.bind(("127.0.0.1", 0))  # bound, not listening: nobody answers
         address = f"127.0.0.1:{held.getsockname()[1]}"
         refused(run("swarm_worker", "join", "--stage", 0, "--anchor", address, "--wait", 1), address, "within 1 s")
-    refused(run("swarm_worker", "join", "--stage", 0, "--anchor", "nonsense"), "HOST:PORT")
+    for wrong in ("nonsense", "http://127.0.0.1:7400", "127.0.0.1:7400/run"):
+        refused(run("swarm_worker", "join", "--stage", 0, "--anchor", wrong), wrong, "HOST:PORT")
+
+
+def test_what_cannot_be_written_to_is_said_in_one_line(tiny: Path) -> None:
+    (tiny / "file").write_text("")
+    serve = ("anchor_node", "serve", "--config", tiny / "run.toml", "--listen", "127.0.0.1:0")
+    refused(run(*serve, "--out", tiny / "file"), "--out", "is a file")
+    refused(run(*serve, "--out", "/proc/nowhere"), "--out /proc/nowhere cannot be written to")
+    refused(run(*serve, "--out", tiny / "out", "--log", tiny / "file" / "log"), "--log", "cannot be written to")
+    refused(run("swarm_worker", "local", "--config", tiny / "run.toml", "--out", tiny / "file"), "is a file")
+    refused(run("swarm_worker", "join", "--stage", 0, "--anchor", "127.0.0.1:1", "--out", tiny / "file"), "is a file")
+    refused(run("swarm_worker", "sample", "--anchor", "127.0.0.1:1", "--out", tiny / "file"), "is a file")
+
+
+def test_both_programs_tell_their_version() -> None:
+    for program in ("anchor_node", "swarm_worker"):
+        done = run(program, "--version")
+        assert done.returncode == 0 and done.stdout.startswith(f"{program} of kedge")
 
 
 @pytest.fixture
@@ -121,6 +141,7 @@ def test_who_may_not_join_is_told_why(anchor: str, tiny: Path) -> None:
         anchor,
         "in use",
     )
+    assert not (tiny / "b").exists(), "a port in use leaves no trace"
     holder = subprocess.Popen(command(*join, 1), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     assert holder.stderr is not None
     while "layers" not in (line := holder.stderr.readline()):
@@ -171,6 +192,14 @@ def test_local_makes_a_whole_run_folder_and_resumes(tmp_path: Path) -> None:
     assert [row["tick"] for row in rows_of(out, "tick")] == [0, 1, 2, 3, 4, 5]
     refused_again = subprocess.run(local(out), env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
     assert refused_again.returncode == 2 and "--resume" in refused_again.stderr
+    (out / "checkpoints" / "tick-00000004" / "stage-01-of-03.safetensors").unlink()
+    torn = subprocess.run(
+        local(out, "--ticks", 6, "--resume-from", "tick-00000004"),
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert torn.returncode == 2 and "stage-1 ended with exit code 2" in torn.stderr
+    (last,) = [line for line in torn.stderr.splitlines() if line.startswith("anchor_node serve: ")]
+    assert "stage 1: " in last and "no such shard" in last, "the anchor relays why"
 
 
 def start_local(out: Path) -> subprocess.Popen[str]:
@@ -191,17 +220,40 @@ def children(parent: int) -> list[int]:
     return [int(pid) for pid in text.split()]
 
 
-def test_ctrl_c_ends_everything_cleanly_and_leaves_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_or_a_closed_terminal_ends_everything_cleanly_and_leaves_a_checkpoint(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     out = tmp_path / "run"
     process = start_local(out)
     family = children(process.pid)
     assert len(family) == 5
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stdout + stderr
     ticks = len((out / "journal.jsonl").read_text().splitlines())
     assert (out / "checkpoints" / f"tick-{ticks:08d}" / "COMPLETE").exists()
     assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
+def test_children_of_a_killed_parent_save_and_leave(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start_local(out)
+    family = children(process.pid)
+    process.kill()
+    process.communicate(timeout=60)  # their copies of the pipes close when the last of them is gone
+    assert not [pid for pid in family if running(pid)]
+    ticks = len((out / "journal.jsonl").read_text().splitlines())
+    assert (out / "checkpoints" / f"tick-{ticks:08d}" / "COMPLETE").exists()
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there and no zombie: an orphan's body waits for whoever adopts it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_child_that_dies_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def ledger(out: Path) -> list[dict[str, str]]:
 
 
 def row(tick: int, kind: str = "activation", dense: int = 100, packet: int = 10) -> LedgerRow:
-    return LedgerRow(tick, "stage0-stage1", "down", kind, dense, packet, packet + 5, 2)
+    return LedgerRow(tick, "stage0-stage1", "down", kind, dense, packet, packet + 5, 2, packet + 99)
 
 
 def kept(out: Path, ticks: int) -> None:
@@ -55,7 +55,7 @@ def test_a_report_becomes_a_row_and_ledger_lines(tmp_path: Path) -> None:
     assert list(lines[0]) == list(COLUMNS)
     assert lines[1] == {
         "tick": "4", "link": "stage0-stage1", "direction": "down", "kind": "gradient", "dense_bytes": "50",
-        "packet_bytes": "7", "message_bytes": "12", "wire_bytes": "", "frames": "2",
+        "packet_bytes": "7", "message_bytes": "12", "wire_bytes": "106", "frames": "2",
     }  # fmt: skip
     assert books.totals == {"activation": [200, 20, 30], "gradient": [50, 7, 12]}
     assert books.link_bytes(4) == (150, 17)

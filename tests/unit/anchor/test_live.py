@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 from typing import Any
 
@@ -70,6 +71,45 @@ def test_events_and_evaluations_have_their_line_too() -> None:
         "validation 50.0 ±5.0 % at tick 4 (46.9 % through compressed links)",
         "event tick 4: basis: version 2 adopted",
     ]
+
+
+def test_no_reward_is_a_dash_and_why_stays_in_sight() -> None:
+    failed = {
+        "type": "event",
+        "tick": 3,
+        "event": "verifier_failed",
+        "message": "batch 1: 8 of 8 verifier calls raised: x",
+    }
+    for table, out in (piped(), on_terminal()):
+        table.update(tick_row(3, reward=None))
+        table.update(failed)
+        table.update({"type": "event", "tick": 3, "event": "basis", "message": "version 1"})
+        text = out.getvalue() if table.plain else "\n".join(drawn(table))
+        assert "8 of 8 verifier calls raised: x" in text and "0.000" not in text
+        assert "reward –" in text if table.plain else re.search(r"\n\s+3\s+0/2\s+–", text)
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("to_terminal", [True, False])
+def test_log_lines_go_above_the_table_and_not_through_it(to_terminal: bool) -> None:
+    table, out = on_terminal()
+    stderr = Screen() if to_terminal else io.StringIO()
+    plain = logging.StreamHandler(stderr)
+    root = logging.getLogger()
+    root.addHandler(plain)
+    try:
+        with table:
+            root.warning("[0, 1] of %s", "two")
+        root.warning("afterwards")
+        assert plain in root.handlers
+    finally:
+        root.removeHandler(plain)
+    assert ("[0, 1] of two" in out.getvalue()) is to_terminal
+    assert stderr.getvalue() == ("" if to_terminal else "[0, 1] of two\n") + "afterwards\n"
 
 
 def test_what_a_peer_writes_cannot_move_the_cursor() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from anchor_node.plots import refreshes
+from anchor_node.plots import _kind_color, refreshes
 from anchor_node.record import byte_text, read_run, share_text
 from anchor_node.report import ledger_summary, main, print_ledger, write_report
 
@@ -187,7 +187,7 @@ def test_every_figure_is_drawn_for_wide_and_narrow_screens(whole_run: Path) -> N
     assert re.findall(r'<section id="(\w+)">', page.source) == FIGURES
     text = {name: page.texts[name] for name in FIGURES}
     for name, words in {
-        "reward": ["validation, compressed links", "basis refreshed", "tick skipped", "tick"],
+        "reward": ["validation, compressed links", "new basis in use", "tick skipped", "tick"],
         "bytes": ["activation", "gradient", "rollout", "control", "dense links", "bytes a tick", "6.00 %"],
         "dgg": ["threshold τ = 0.5", "gated", "first pass, not gated", "z (standard deviations)"],
         "basis": ["forward, rank 24", "backward, rank 48", "boundary 0", "captured share"],
@@ -347,6 +347,24 @@ def test_the_closing_table() -> None:
     assert ["gradient", "16.0 kB", "1.6 kB", "1.8 kB", "11.0 %", "32"] in lines
     assert ["activation + gradient", "32.0 kB", "2.4 kB", "2.7 kB", "8.50 %", "64"] in lines
     assert "The links carried 8.50 % of dense (7.50 % as packets), 170 B a tick over 16 ticks." in out.getvalue()
+
+
+def test_a_score_pass_alone_is_no_tick() -> None:
+    rows = [dict(zip(HEAD.strip().split(","), line.split(","), strict=True)) for line in ledger_lines(16).splitlines()]
+    scored = rows[0] | {"tick": "16", "kind": "activation"}
+    assert ledger_summary([*rows, scored]).ticks == ledger_summary(rows).ticks == 16
+
+
+def test_what_cannot_be_negative_has_no_axis_below_zero(tmp_path: Path) -> None:
+    rows = [tick_row(tick) | {"completions/clipped_ratio": 0.0} for tick in range(16)]
+    page = Page(write_report(write_run(tmp_path, rows)).read_text(encoding="utf-8"))
+    axis = page.texts["policy"]
+    assert "0 %" in axis and "\u2212" not in axis, "no tick label with a minus sign"
+
+
+def test_each_kind_of_a_run_has_a_colour_of_its_own() -> None:
+    kinds = ["activation", "gradient", "basis", "sketch", "weights", "rollout", "control"]
+    assert len({_kind_color(kind, kinds) for kind in kinds}) == len(kinds)
 
 
 def test_numbers_as_text() -> None:

@@ -299,6 +299,8 @@ def test_tokenizers(checkpoint: Make, tmp_path: Path) -> None:
     one_line(e)
     with pytest.raises(ModelError, match="no such directory"):
         load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="no vocabulary.*copy the tokenizer files"):
+        load_tokenizer(checkpoint("qwen2-tied"))  # of its config alone transformers makes one without a word in it
     write_tokenizer(path)
     assert load_tokenizer(path).encode("1 2", add_special_tokens=False) == [4, 5]
 

@@ -111,9 +111,24 @@ def test_a_whole_batch_comes_before_an_error_behind_it(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
     batches = read_rollouts(path, SIZE)
     assert next(batches) == rollouts(0)
-    with pytest.raises(ReplayError, match="not whole") as caught:
+    with pytest.raises(ReplayError, match="batch 1 is torn") as caught:
         next(batches)
     assert caught.value.line == 2 * GROUPS * SIZE
+
+
+def test_a_torn_recording_says_how_much_of_it_is_whole(tmp_path: Path) -> None:
+    whole = record(tmp_path / "r.jsonl", 0, 1).read_bytes()
+    first = len(record(tmp_path / "first.jsonl", 0).read_bytes())
+    path = tmp_path / "torn.jsonl"
+    for cut in range(first + 1, len(whole), 5):
+        path.write_bytes(whole[:cut])
+        batches = read_rollouts(path, SIZE, groups=GROUPS)
+        assert next(batches) == rollouts(0), cut
+        with pytest.raises(ReplayError, match=rf"batch 1 is torn.*head -n {GROUPS * SIZE} {path} > whole.jsonl"):
+            next(batches)
+    path.write_bytes(whole[: first - 5])
+    with pytest.raises(ReplayError, match="batch 0 is torn.*no batch is whole, or record it again"):
+        next(read_rollouts(path, SIZE, groups=GROUPS))
 
 
 def test_empty_and_missing_records_are_refused(tmp_path: Path) -> None:

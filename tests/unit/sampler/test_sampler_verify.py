@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from swarm_worker.sampler.errors import VerifierError
-from swarm_worker.sampler.verify import Call, Verdict, VerifierPool
+from swarm_worker.sampler.verify import Call, Verdict, VerifierPool, failures
 
 ROOT = Path(__file__).parents[3]
 LIMIT_S = 1.0
@@ -113,6 +113,18 @@ def test_a_failed_call_is_none_counted_and_harms_no_other(
     assert detail in verdicts[1].detail
     assert pool.counts - before == {outcome: 1, "scored": 4}
     assert [verdict.reward for verdict in judged(pool, "good", "good")] == [1.0, 1.0]
+
+
+def test_failures_are_summed_up_in_one_line(pool: VerifierPool) -> None:
+    assert failures(judged(pool, "good", "bad", "none")) == "", "declining one answer is no failure"
+    assert failures(judged(pool, "raise", "good", "raise")) == (
+        "2 of 3 verifier calls raised: ValueError: cannot read this"
+    )
+    several = [Verdict(None, "died", "a\nb"), Verdict(None, "raised", "x" * 900), Verdict(1.0, "scored")]
+    first, second = failures(several).split("; ")
+    assert first == "1 of 3 verifier calls raised: " + "x" * 200 and second == "1 of 3 verifier calls died: a b"
+    assert failures(judged(pool, "none", "none")) == "2 of 2 verifier calls declined"
+    assert failures([]) == ""
 
 
 def test_what_a_hanging_verifier_has_started_ends_with_it(pool: VerifierPool) -> None:

@@ -50,6 +50,20 @@ class BasisMismatch(CodecError):
         self.held = held
 
 
+class ReferenceMismatch(CodecError):
+    """A whole, undamaged packet holds changes against references that this side does not hold.
+
+    Fields: `needed` (the checksum of the sender's references), `held` (of ours, 0 when we hold none).
+    """
+
+    def __init__(self, needed: int, held: int) -> None:
+        super().__init__(
+            f"packet needs references {needed:#010x}, have {held:#010x}; ask the sender for the rows as a whole"
+        )
+        self.needed = needed
+        self.held = held
+
+
 class NonFiniteError(CodecError):
     """The sender's own tensor holds NaN, Inf, or numbers too large to be sent. Nothing was sent.
 

@@ -1,13 +1,19 @@
-"""The fixed 41 bytes in front of every packet, and the numbers that stand in them; no payload, torch or zstd here.
+"""The fixed bytes in front of every packet, and the numbers that stand in them; no payload, torch or zstd here.
 
-The header is one msgpack array of eleven unsigned integers, so any msgpack reader can print it:
+The header is one msgpack array of unsigned integers, so any msgpack reader can print it. Plain numbers have format 1,
+41 bytes:
 
     [format, kind, direction, element, packing, rows, columns, basis_version, stored_bytes, raw_bytes, crc32]
      `---------- uint 8: tag 0xcc ----------'  `------------------- uint 32: tag 0xce -------------------'
 
-msgpack would write small integers in fewer bytes. Here every field keeps one width, so the header has one length and
-the size of a packet is a function of its shape alone. It is therefore written and read through one `struct` whose
-constant bytes are the msgpack tags: exactly one spelling is accepted, and no parser walks over a stranger's bytes.
+Quantised coefficients, and packets with outliers, have format 2, 47 bytes; their kind is always `lowrank`:
+
+    [format, direction, element, packing, columns, rows, basis_version, outliers, references, stored_bytes, raw_bytes,
+     `------------ uint 8 -------------'  uint 16  `------------------------- uint 32 -------------------------   crc32]
+
+msgpack would write small integers in fewer bytes. Here every field keeps one width, so a header has one length and the
+size of a packet is a function of its shape alone. It is therefore written and read through one `struct` whose constant
+bytes are the msgpack tags: exactly one spelling is accepted, and no parser walks over a stranger's bytes.
 """
 
 import enum
@@ -32,15 +38,19 @@ class Kind(enum.IntEnum):
 
 
 class Element(enum.IntEnum):
-    """The type of the payload's numbers, row-major and little-endian."""
+    """The type of the payload's numbers, little-endian; the first three row-major, the others as in `layout`."""
 
     BF16 = 0
     FP32 = 1
     FP64 = 2
+    INT8 = 3
+    INT4 = 4
+    UNIFORM = 5
 
     @property
     def bytes(self) -> int:
-        return (2, 4, 8)[self]
+        """Bytes a number; for `INT4` and `UNIFORM`, which share bytes, the most."""
+        return (2, 4, 8, 1, 1, 2)[self]
 
 
 class Packing(enum.IntEnum):
@@ -50,18 +60,37 @@ class Packing(enum.IntEnum):
     ZSTD = 1
 
 
-FORMAT: Final = 1
+UINT16_MAX: Final = 2**16 - 1
 UINT32_MAX: Final = 2**32 - 1
 NO_BASIS: Final = UINT32_MAX  # basis versions count up from 0, so the far end is free to mean "none was used"
+NO_REFERENCES: Final = 0
 
-_UINT8: Final = 0xCC
-_UINT32: Final = 0xCE
-_TAGS: Final = (0x90 | 11, *[_UINT8] * 5, *[_UINT32] * 6)  # 0x9b opens a msgpack array of eleven
-_LAYOUT: Final = struct.Struct(">B" + "BB" * 5 + "BI" * 6)
-_CRC_FIELD_BYTES: Final = 5  # the checksum stands last and covers everything before it
+_UINT8, _UINT16, _UINT32 = 0xCC, 0xCD, 0xCE
+_FIELDS: Final = {  # by format: those of one, of two and of four bytes
+    1: ("format kind direction element packing", "", "rows columns basis_version stored_bytes raw_bytes crc32"),
+    2: (
+        "format direction element packing",
+        "columns",
+        "rows basis_version outliers references stored_bytes raw_bytes crc32",
+    ),
+}
 
-HEADER_BYTES: Final = _LAYOUT.size
-CHECKED_BYTES: Final = HEADER_BYTES - _CRC_FIELD_BYTES
+
+class _Layout:
+    """One format: its fields, in order, and the struct that holds them with their tags."""
+
+    def __init__(self, *fields: str) -> None:
+        small, middle, large = (names.split() for names in fields)
+        self.names = (*small, *middle, *large)
+        self.tags = (0x90 | len(self.names), *[_UINT8] * len(small), *[_UINT16] * len(middle), *[_UINT32] * len(large))
+        self.struct = struct.Struct(">B" + "BB" * len(small) + "BH" * len(middle) + "BI" * len(large))
+
+
+_LAYOUTS: Final = {number: _Layout(*fields) for number, fields in _FIELDS.items()}
+CRC_FIELD_BYTES: Final = 5  # the checksum stands last and covers everything before it
+HEADER_BYTES: Final = _LAYOUTS[1].struct.size
+HEADER2_BYTES: Final = _LAYOUTS[2].struct.size
+CHECKED_BYTES: Final = HEADER_BYTES - CRC_FIELD_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +109,30 @@ class Header:
     stored_bytes: int
     raw_bytes: int
     crc32: int
+    outliers: int = 0
+    references: int = NO_REFERENCES
+
+    @property
+    def size(self) -> int:
+        """Bytes of this header on the wire."""
+        return _LAYOUTS[self.format].struct.size
 
     def to_bytes(self) -> bytes:
-        """The `HEADER_BYTES` bytes. Fields must lie in their ranges: `spec` sees to that for all a link sends."""
-        fields = (
-            *(self.format, self.kind, self.direction, self.element, self.packing),
-            *(self.rows, self.columns, self.basis_version, self.stored_bytes, self.raw_bytes, self.crc32),
-        )
-        tagged = [number for pair in zip(_TAGS[1:], fields, strict=True) for number in pair]
-        return _LAYOUT.pack(_TAGS[0], *tagged)
+        """The `size` bytes. Fields must lie in their ranges: `spec` sees to that for all a link sends."""
+        layout = _LAYOUTS[self.format]
+        tagged = [
+            number
+            for tag, name in zip(layout.tags[1:], layout.names, strict=True)
+            for number in (tag, getattr(self, name))
+        ]
+        return layout.struct.pack(layout.tags[0], *tagged)
 
     @classmethod
     def parse(cls, view: memoryview) -> "Header | None":
-        """The header at the start of `view`, which holds at least `HEADER_BYTES`; None if it is not spelled as ours."""
-        numbers = _LAYOUT.unpack_from(view)
-        if (numbers[0], *numbers[1::2]) != _TAGS:
-            return None
-        return cls(*numbers[2::2])
+        """The header at the start of `view`; None if it is not spelled as one of ours."""
+        for number, layout in _LAYOUTS.items():
+            if len(view) >= layout.struct.size and view[0] == layout.tags[0]:
+                numbers = layout.struct.unpack_from(view)
+                if (numbers[0], *numbers[1::2]) == layout.tags and numbers[2] == number:
+                    return cls(**({"kind": Kind.LOWRANK} | dict(zip(layout.names, numbers[2::2], strict=True))))
+        return None

@@ -5,15 +5,26 @@ every claim is compared with what the receiver expects first.
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
 import zstandard
 
 from codec.errors import BasisMismatch, PacketError
-from codec.header import CHECKED_BYTES, FORMAT, HEADER_BYTES, NO_BASIS, Direction, Element, Header, Kind, Packing
+from codec.header import (
+    CRC_FIELD_BYTES,
+    HEADER_BYTES,
+    NO_BASIS,
+    NO_REFERENCES,
+    Direction,
+    Element,
+    Header,
+    Kind,
+    Packing,
+)
 
-__all__ = ["HEADER_BYTES", "BytesLike", "Contents", "pack", "unpack"]
+__all__ = ["HEADER_BYTES", "BytesLike", "Contents", "Expected", "pack", "unpack"]
 
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 
@@ -22,9 +33,26 @@ ZSTD_MAX_WINDOW_BYTES: Final = 8 << 20  # level 1 uses 512 KiB; more is a peer a
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a packet carries: the sender states it, the receiver expects it, and the two must be equal.
+    """What the sender states of a packet. `basis_version` is None where no basis is used (`identity`, `none`)."""
 
-    `basis_version` is None where no basis is used (`identity`, `none`), or where the receiver holds none yet.
+    kind: Kind
+    direction: Direction
+    element: Element
+    rows: int
+    columns: int
+    basis_version: int | None
+    format: int = 1
+    outliers: int = 0
+    references: int = NO_REFERENCES
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the receiver expects of a packet.
+
+    `columns` are those of the basis held; a packet made with another may have 1..`most_columns`. `basis_version` is
+    None where no basis is used, or none is held. `payload_bytes(columns, outliers)` is the size before zstd; where not
+    `exact`, the most it may be. References are not judged here: who holds them does that.
     """
 
     kind: Kind
@@ -33,26 +61,26 @@ class Contents:
     rows: int
     columns: int
     basis_version: int | None
+    payload_bytes: Callable[[int, int], int]
+    format: int = 1
+    exact: bool = True
+    most_columns: int = 0
+    most_outliers: int = 0
 
-    @property
-    def raw_bytes(self) -> int:
-        """Bytes of the payload before zstd."""
-        return self.rows * self.columns * self.element.bytes
 
+def pack(contents: Contents, raw: list[memoryview] | BytesLike, shrunk: bytes | None = None) -> bytes:
+    """One packet: the header, then `shrunk` (the payload as a zstd frame) if there is one, else the payload `raw`.
 
-def pack(contents: Contents, raw: BytesLike, shrunk: bytes | None = None) -> bytes:
-    """One packet: the header, then `shrunk` (the payload as a zstd frame) if there is one, else `raw` itself.
-
-    The result is assembled in one allocation; the payload is copied exactly once. `raw` must have
-    `contents.raw_bytes` bytes, and `shrunk` must be smaller than `raw` or it is not used.
+    `raw` is one run of bytes or several that follow each other. The result is assembled in one allocation; the payload
+    is copied exactly once. `shrunk` must be smaller than `raw` or it is not used.
     """
-    payload = memoryview(raw).cast("B")
+    parts = [memoryview(part).cast("B") for part in (raw if isinstance(raw, list) else [raw])]
+    raw_bytes = sum(map(len, parts))
     packing = Packing.RAW
-    if shrunk is not None and len(shrunk) < len(payload):
-        payload = memoryview(shrunk)
-        packing = Packing.ZSTD
+    if shrunk is not None and len(shrunk) < raw_bytes:
+        parts, packing = [memoryview(shrunk)], Packing.ZSTD
     unsealed = Header(
-        format=FORMAT,
+        format=contents.format,
         kind=contents.kind,
         direction=contents.direction,
         element=contents.element,
@@ -60,60 +88,65 @@ def pack(contents: Contents, raw: BytesLike, shrunk: bytes | None = None) -> byt
         rows=contents.rows,
         columns=contents.columns,
         basis_version=NO_BASIS if contents.basis_version is None else contents.basis_version,
-        stored_bytes=len(payload),
-        raw_bytes=contents.raw_bytes,
+        stored_bytes=sum(map(len, parts)),
+        raw_bytes=raw_bytes,
         crc32=0,
+        outliers=contents.outliers,
+        references=contents.references,
     )
-    sealed = replace(unsealed, crc32=_checksum(unsealed.to_bytes(), payload))
-    return b"".join((sealed.to_bytes(), payload))
+    crc32 = zlib.crc32(unsealed.to_bytes()[:-CRC_FIELD_BYTES])
+    for part in parts:
+        crc32 = zlib.crc32(part, crc32)
+    return b"".join((replace(unsealed, crc32=crc32).to_bytes(), *parts))
 
 
-def unpack(packet: BytesLike, expected: Contents) -> memoryview:
-    """The raw payload of `packet`, of exactly `expected.raw_bytes` bytes.
+def unpack(packet: BytesLike, expected: Expected) -> tuple[Header, memoryview]:
+    """The header of `packet`, whose claims are then true, and its raw payload.
 
     Raises `PacketError` naming the first field that is wrong, or `BasisMismatch` if all else is right. The basis
     version is judged last, behind the checksum: a mismatch makes the caller fetch a basis, a flipped bit should not.
-    A raw payload is returned as a view into `packet`, without a copy.
+    A payload that is stored raw is returned as a view into `packet`, without a copy.
     """
     view = memoryview(packet).cast("B")
     if len(view) < HEADER_BYTES:
         raise PacketError("length", f"{len(view)} bytes", f"at least {HEADER_BYTES}")
     header = Header.parse(view)
     if header is None:
-        raise PacketError("header", bytes(view[:HEADER_BYTES]).hex(), "an array of eleven fixed-width msgpack integers")
+        raise PacketError("header", bytes(view[:HEADER_BYTES]).hex(), "an array of fixed-width msgpack integers")
     _check_claims(header, expected)
-    payload = view[HEADER_BYTES:]
-    _check_lengths(header, len(payload))
-    crc32 = _checksum(view[:CHECKED_BYTES], payload)
+    payload = view[header.size :]
+    _check_lengths(header, len(payload), expected)
+    crc32 = zlib.crc32(payload, zlib.crc32(view[: header.size - CRC_FIELD_BYTES]))
     if header.crc32 != crc32:
         raise PacketError("crc32", f"{header.crc32:#010x}", f"{crc32:#010x}")
     _check_basis(header, expected)
-    if header.packing == Packing.RAW:
-        return payload
-    return _expand(payload, expected.raw_bytes)
+    return header, payload if header.packing == Packing.RAW else _expand(payload, header.raw_bytes)
 
 
-def _checksum(head: BytesLike, payload: memoryview) -> int:
-    """CRC-32 over the header up to its checksum field, then the payload as it is stored."""
-    return zlib.crc32(payload, zlib.crc32(memoryview(head)[:CHECKED_BYTES]))
-
-
-def _check_claims(header: Header, expected: Contents) -> None:
+def _check_claims(header: Header, expected: Expected) -> None:
     claims = (
-        ("format", header.format, FORMAT, "both ends must run the same codec format"),
+        ("format", header.format, expected.format, "both ends must run the same codec format and manifest"),
         ("kind", header.kind, expected.kind, "both ends must run the same manifest"),
         ("direction", header.direction, expected.direction, "both ends must run the same manifest"),
         ("element", header.element, expected.element, "both ends must run the same manifest"),
         ("rows", header.rows, expected.rows, "the microbatch's lengths decide them: compare its layout on both ends"),
-        ("columns", header.columns, expected.columns, "both ends must run the same ranks"),
-        ("raw_bytes", header.raw_bytes, expected.raw_bytes, "ask the sender for it again"),
     )
     for field, got, wanted, advice in claims:
         if got != wanted:
             raise PacketError(field, got, int(wanted), advice)
+    if _same_basis(header, expected):
+        if header.columns != expected.columns:
+            raise PacketError("columns", header.columns, expected.columns, "both ends must run the same ranks")
+    elif not 1 <= header.columns <= expected.most_columns:
+        raise PacketError("columns", header.columns, f"1..{expected.most_columns}", "both ends must run the same ranks")
+    if header.outliers > expected.most_outliers:
+        raise PacketError("outliers", header.outliers, f"at most {expected.most_outliers}")
 
 
-def _check_lengths(header: Header, present_bytes: int) -> None:
+def _check_lengths(header: Header, present_bytes: int, expected: Expected) -> None:
+    most = expected.payload_bytes(header.columns, header.outliers)
+    if header.raw_bytes > most or (expected.exact and header.raw_bytes != most):
+        raise PacketError("raw_bytes", header.raw_bytes, most if expected.exact else f"at most {most}")
     if header.stored_bytes != present_bytes:
         raise PacketError("stored_bytes", header.stored_bytes, f"{present_bytes}, which is what follows the header")
     if header.packing == Packing.RAW:
@@ -128,11 +161,16 @@ def _check_lengths(header: Header, present_bytes: int) -> None:
         raise PacketError("packing", header.packing, f"{int(Packing.RAW)} (raw) or {int(Packing.ZSTD)} (zstd)")
 
 
-def _check_basis(header: Header, expected: Contents) -> None:
-    if expected.kind == Kind.LOWRANK:
-        if expected.basis_version is None or header.basis_version != expected.basis_version:
-            raise BasisMismatch(header.basis_version, expected.basis_version)
-    elif header.basis_version != NO_BASIS:
+def _same_basis(header: Header, expected: Expected) -> bool:
+    if expected.kind != Kind.LOWRANK:
+        return True
+    return expected.basis_version is not None and header.basis_version == expected.basis_version
+
+
+def _check_basis(header: Header, expected: Expected) -> None:
+    if not _same_basis(header, expected):
+        raise BasisMismatch(header.basis_version, expected.basis_version)
+    if expected.kind != Kind.LOWRANK and header.basis_version != NO_BASIS:
         raise PacketError("basis_version", header.basis_version, f"{NO_BASIS}, as this kind uses no basis")
 
 

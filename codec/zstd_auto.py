@@ -29,16 +29,28 @@ class ZstdAuto:
         self._raw_bytes = 0
         self._frame_bytes = 0
 
-    def shrink(self, raw: memoryview) -> bytes | None:
-        """The payload as one zstd frame if zstd is on and the frame is smaller; None otherwise."""
-        if not len(raw):  # an empty payload says nothing about the stream
+    def shrink(self, raw: memoryview | list[memoryview]) -> bytes | None:
+        """The payload as one zstd frame if zstd is on and the frame is smaller; None otherwise.
+
+        A list is a payload in parts of different statistics: each gets a block, and so a Huffman table, of its own.
+        """
+        parts = raw if isinstance(raw, list) else [raw]
+        raw_bytes = sum(map(len, parts))
+        if not raw_bytes:  # an empty payload says nothing about the stream
             return None
         if self._resting_packets:
             self._resting_packets -= 1
             return None
-        frame = self._compressor.compress(raw)
-        self._judge(len(raw), len(frame))
-        return frame if len(frame) < len(raw) else None
+        frame = self._compressor.compress(parts[0]) if len(parts) == 1 else self._in_blocks(parts, raw_bytes)
+        self._judge(raw_bytes, len(frame))
+        return frame if len(frame) < raw_bytes else None
+
+    def _in_blocks(self, parts: list[memoryview], raw_bytes: int) -> bytes:
+        stream = self._compressor.compressobj(size=raw_bytes)
+        blocks = []
+        for part in parts[:-1]:
+            blocks += [stream.compress(part), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
+        return b"".join((*blocks, stream.compress(parts[-1]), stream.flush(zstandard.COMPRESSOBJ_FLUSH_FINISH)))
 
     def _judge(self, raw_bytes: int, frame_bytes: int) -> None:
         self._tried_packets += 1

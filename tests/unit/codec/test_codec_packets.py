@@ -11,14 +11,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codec.errors import BasisMismatch, CodecError, PacketError
-from codec.header import CHECKED_BYTES, NO_BASIS, Direction, Element, Kind
-from codec.packet import HEADER_BYTES, Contents, pack, unpack
+from codec.header import CHECKED_BYTES, CRC_FIELD_BYTES, HEADER2_BYTES, NO_BASIS, Direction, Element, Kind
+from codec.packet import HEADER_BYTES, Contents, Expected, pack
+from codec.packet import unpack as unpack_expected
 
 LOWRANK = Contents(Kind.LOWRANK, Direction.FORWARD, Element.BF16, rows=3, columns=4, basis_version=7)
 DENSE = Contents(Kind.NONE, Direction.BACKWARD, Element.BF16, rows=3, columns=4, basis_version=None)
 RAW = bytes(range(24))
 BIG = Contents(Kind.IDENTITY, Direction.FORWARD, Element.FP32, rows=64, columns=64, basis_version=None)
-BIG_RAW = bytes(BIG.raw_bytes)
+
+
+def size_of(contents: Contents) -> int:
+    return contents.rows * contents.columns * contents.element.bytes
+
+
+def unpack(packet: bytes | bytearray | memoryview, contents: Contents) -> memoryview:
+    """The payload of a packet that a receiver expects to hold `contents`."""
+    expected = Expected(
+        *(getattr(contents, name) for name in ("kind", "direction", "element", "rows", "columns", "basis_version")),
+        payload_bytes=lambda columns, outliers: contents.rows * columns * contents.element.bytes,
+        most_columns=contents.columns,
+    )
+    return unpack_expected(packet, expected)[1]
+
+
+BIG_RAW = bytes(size_of(BIG))
 
 
 def frame_of(raw: bytes) -> bytes:
@@ -36,7 +53,7 @@ def resealed(packet: bytes) -> bytes:
 
 def with_payload(contents: Contents, payload: bytes) -> bytes:
     """A sealed packet around any bytes that claims to hold `contents` as a zstd frame."""
-    packet = bytearray(pack(contents, bytes(contents.raw_bytes), b""))
+    packet = bytearray(pack(contents, bytes(size_of(contents)), b""))
     assert packet[10] == 1  # says zstd
     packet[26:31] = struct.pack(">BI", 0xCE, len(payload))
     return resealed(bytes(packet[:HEADER_BYTES]) + payload)
@@ -74,7 +91,7 @@ def test_zstd_is_used_only_when_smaller() -> None:
 
 def test_a_payload_beyond_the_window_limit_still_travels() -> None:
     contents = Contents(Kind.IDENTITY, Direction.FORWARD, Element.FP32, 5 << 10, 1 << 9, None)
-    raw = bytes(range(256)) * (contents.raw_bytes // 256)
+    raw = bytes(range(256)) * (size_of(contents) // 256)
     assert len(raw) > 8 << 20
     assert unpack(pack(contents, raw, frame_of(raw)), contents) == raw
 
@@ -124,7 +141,7 @@ def test_a_damaged_version_is_damage_and_not_a_mismatch() -> None:
 
 @pytest.mark.parametrize(("packet", "expected"), SAMPLES, ids=["lowrank", "none", "zstd"])
 def test_every_damaged_byte_is_caught(packet: bytes, expected: Contents) -> None:
-    assert len(unpack(packet, expected)) == expected.raw_bytes
+    assert len(unpack(packet, expected)) == size_of(expected)
     for position in range(len(packet)):
         for flip in range(1, 256):
             damaged = bytearray(packet)
@@ -148,7 +165,7 @@ def test_every_forged_byte_gives_the_right_length_or_a_codec_error(packet: bytes
             forged = bytearray(packet)
             forged[position] ^= flip
             try:
-                assert len(unpack(resealed(bytes(forged)), expected)) == expected.raw_bytes
+                assert len(unpack(resealed(bytes(forged)), expected)) == size_of(expected)
             except CodecError:
                 refused += 1
     assert refused >= 255 * (CHECKED_BYTES - 5)
@@ -181,19 +198,19 @@ def rle_frame(stated_bytes: int, real_bytes: int) -> bytes:
 
 
 def test_the_handmade_frame_is_a_frame() -> None:
-    assert bytes(unpack(with_payload(BIG, rle_frame(BIG.raw_bytes, BIG.raw_bytes)), BIG)) == BIG_RAW
+    assert bytes(unpack(with_payload(BIG, rle_frame(size_of(BIG), size_of(BIG))), BIG)) == BIG_RAW
 
 
 @pytest.mark.parametrize(
     ("name", "frame"),
     [
-        ("bomb", frame_of(bytes(256 << 20))[: BIG.raw_bytes - 1]),
-        ("states too much", rle_frame(2**32 - 1, BIG.raw_bytes)),
-        ("states less", rle_frame(BIG.raw_bytes - 1, BIG.raw_bytes)),
-        ("states right, yields more", rle_frame(BIG.raw_bytes, 100_000)),
-        ("states right, yields less", rle_frame(BIG.raw_bytes, 100)),
+        ("bomb", frame_of(bytes(256 << 20))[: size_of(BIG) - 1]),
+        ("states too much", rle_frame(2**32 - 1, size_of(BIG))),
+        ("states less", rle_frame(size_of(BIG) - 1, size_of(BIG))),
+        ("states right, yields more", rle_frame(size_of(BIG), 100_000)),
+        ("states right, yields less", rle_frame(size_of(BIG), 100)),
         ("states nothing", zstandard.ZstdCompressor(write_content_size=False).compress(BIG_RAW)),
-        ("two frames", rle_frame(BIG.raw_bytes, BIG.raw_bytes) * 2),
+        ("two frames", rle_frame(size_of(BIG), size_of(BIG)) * 2),
         ("cut", frame_of(BIG_RAW)[:-2]),
         ("skippable", struct.pack("<II", 0x184D2A50, 8) + bytes(8)),
         ("empty", b""),
@@ -210,3 +227,58 @@ def test_bombs_and_liars_are_refused_without_memory(name: str, frame: bytes) -> 
     finally:
         tracemalloc.stop()
     assert peak_bytes < 256 << 10, name
+
+
+UNIFORM = Contents(Kind.LOWRANK, Direction.FORWARD, Element.UNIFORM, 64, 64, basis_version=7, format=2)
+UNIFORM_MOST_BYTES = 3 * 64 * 64
+STORED_AT, RAW_AT = 33, 38  # of format 2's stored_bytes and raw_bytes
+
+
+def uniform_packet(payload: bytes, raw_bytes: int) -> bytes:
+    """A sealed packet of format 2 that claims to be `raw_bytes` as a zstd frame, around any bytes."""
+    packet = bytearray(pack(UNIFORM, bytes(64), b""))
+    packet[8], packet[STORED_AT : STORED_AT + 4] = 1, struct.pack(">I", len(payload))
+    packet[RAW_AT : RAW_AT + 4] = struct.pack(">I", raw_bytes)
+    checked = bytes(packet[: HEADER2_BYTES - CRC_FIELD_BYTES])
+    crc = zlib.crc32(payload, zlib.crc32(checked))
+    return checked + struct.pack(">BI", 0xCE, crc) + payload
+
+
+def unpack_uniform(packet: bytes) -> memoryview:
+    """What a receiver does whose payloads have at most `UNIFORM_MOST_BYTES`."""
+    names = ("kind", "direction", "element", "rows", "columns", "basis_version", "format")
+    expected = Expected(
+        **{name: getattr(UNIFORM, name) for name in names},
+        payload_bytes=lambda columns, outliers: UNIFORM_MOST_BYTES,
+        exact=False,
+        most_columns=64,
+    )
+    return unpack_expected(packet, expected)[1]
+
+
+def test_the_handmade_packet_of_format_2_is_one() -> None:
+    assert unpack_uniform(uniform_packet(rle_frame(1000, 1000), 1000)) == bytes(1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "frame", "raw_bytes", "field"),
+    [
+        ("claims too much", rle_frame(2**30, 2**17), 2**30, "raw_bytes"),
+        ("claims one byte too much", rle_frame(UNIFORM_MOST_BYTES + 1, 5), UNIFORM_MOST_BYTES + 1, "raw_bytes"),
+        ("states more than it claims", rle_frame(2**31, 2**17), 1000, "zstd content size"),
+        ("yields more than it claims", rle_frame(1000, 2**20), 1000, "zstd frame"),
+        ("bomb", frame_of(bytes(256 << 20))[: UNIFORM_MOST_BYTES - 1], UNIFORM_MOST_BYTES, "zstd content size"),
+        ("two frames", rle_frame(900, 900) * 2, 900, "zstd frame"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bombs_of_format_2_are_refused_without_memory(name: str, frame: bytes, raw_bytes: int, field: str) -> None:
+    packet = uniform_packet(frame, raw_bytes)
+    tracemalloc.start()
+    try:
+        with pytest.raises(PacketError) as caught:
+            unpack_uniform(packet)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert caught.value.field == field and peak_bytes < 64 << 10, name

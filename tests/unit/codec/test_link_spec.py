@@ -8,10 +8,19 @@ import pytest
 
 import codec.spec
 from codec.errors import CodecError, SpecError
-from codec.header import HEADER_BYTES, Element, Kind
-from codec.spec import Direction, LinkSpec, dense_bytes, packet_bytes, payload_bytes
+from codec.header import HEADER2_BYTES, HEADER_BYTES, Element, Kind
+from codec.spec import (
+    Direction,
+    LinkSpec,
+    dense_bytes,
+    largest_packet_bytes,
+    most_outliers,
+    packet_bytes,
+    payload_bytes,
+)
 
 FORWARD, BACKWARD = Direction
+LOWRANK = {"kind": "lowrank", "width": 8, "rank_forward": 2, "rank_backward": 2}
 
 
 def test_sizes_of_each_kind() -> None:
@@ -35,8 +44,29 @@ def test_exact_backward_costs_the_forward_rank_and_uses_its_basis() -> None:
 
 def test_names_on_the_wire() -> None:
     assert [LinkSpec("identity", 4).wire_kind, LinkSpec("none", 4).wire_kind] == [Kind.IDENTITY, Kind.NONE]
-    assert LinkSpec("lowrank", 4, 1, 1).element is Element.BF16
-    assert [element.bytes for element in Element] == [2, 4, 8]
+    lowrank = LinkSpec("lowrank", 4, 1, 1, quantiser_forward="int4", quantiser_backward="uniform")
+    assert [lowrank.element(direction) for direction in Direction] == [Element.INT4, Element.UNIFORM]
+    assert [LinkSpec("lowrank", 4, 1, 1).format(FORWARD), lowrank.format(FORWARD)] == [1, 2]
+    with_outliers = LinkSpec("lowrank", 4, 1, 1, outliers=5.0)
+    assert [with_outliers.format(direction) for direction in Direction] == [2, 1]
+    assert [element.bytes for element in Element] == [2, 4, 8, 1, 1, 2]
+
+
+def test_sizes_of_quantised_coefficients() -> None:
+    """int8 and int4: a bf16 scale a row beside the integers; uniform: two bytes a number at the most."""
+    spec = LinkSpec("lowrank", 100, 30, 30, quantiser_forward="int8", quantiser_backward="int4", outliers=8.0)
+    assert packet_bytes(spec, FORWARD, 65) == HEADER2_BYTES + 65 * (2 + 30) and HEADER2_BYTES == 47
+    assert packet_bytes(spec, BACKWARD, 65) == HEADER2_BYTES + 65 * 2 + 30 * 33
+    assert packet_bytes(spec, FORWARD, 65, columns=10) == HEADER2_BYTES + 65 * (2 + 10)
+    assert packet_bytes(spec, FORWARD, 65, 10, 3) == HEADER2_BYTES + 65 * (2 + 10) + 3 * (4 + 400)
+    assert largest_packet_bytes(spec, FORWARD, 65) == packet_bytes(spec, FORWARD, 65, 30, 4)
+    assert largest_packet_bytes(spec, BACKWARD, 65) == packet_bytes(spec, BACKWARD, 65)
+    assert most_outliers(spec, FORWARD, 15) == 0 and most_outliers(spec, BACKWARD, 1000) == 0
+    uniform = LinkSpec("lowrank", 100, 30, 30, quantiser_forward="uniform")
+    assert 65 * 60 < payload_bytes(uniform, FORWARD, 65) < 65 * 60 * 1.1
+    for columns, outliers, complaint in ((31, 0, "columns"), (0, 0, "columns"), (30, 5, "outliers"), (30, -1, "outl")):
+        with pytest.raises(SpecError, match=complaint):
+            packet_bytes(spec, FORWARD, 65, columns, outliers)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +86,14 @@ def test_names_on_the_wire() -> None:
         ({"kind": "none", "width": 8, "zstd": "on"}, "link zstd"),
         ({"kind": "identity", "width": 8, "dtype": "bf16"}, "link dtype"),
         ({"kind": "none", "width": 8, "dtype": "fp64"}, "wanted fp32"),
+        ({"kind": "none", "width": 8, "quantiser_forward": "int3"}, "link quantiser_forward"),
+        ({"kind": "none", "width": 8, "outliers": 0.5}, "link outliers: got 0.5"),
+        ({"kind": "none", "width": 8, "outliers": float("nan")}, "link outliers: got nan"),
+        (LOWRANK | {"reuse": True}, "link reuse: got quantiser_forward bf16, wanted uniform"),
+        (LOWRANK | {"stochastic": True, "quantiser_forward": "uniform"}, "link stochastic"),
+        (LOWRANK | {"exact_step": float("nan")}, "link exact_step: got nan"),
+        (LOWRANK | {"backward": "exact", "quantiser_backward": "uniform"}, "link exact_step: got 0.0"),
+        (LOWRANK | {"gradient_scale": "packet", "quantiser_backward": "int8"}, "link gradient_scale"),
     ],
 )
 def test_nonsense_is_refused(arguments: dict[str, object], complaint: str) -> None:

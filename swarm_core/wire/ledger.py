@@ -1,16 +1,16 @@
 """The byte ledger: what every frame cost, counted once, where it is sent. No I/O: rows in, sums out.
 
 Columns: `dense` is what the same tensor would have cost in bf16 (for frames that carry no tensor: the payload itself),
-`packet` the payload handed to the wire, `message` the whole gRPC messages (header and chunking included). The `wire`
-column (HTTP/2, TLS, TCP) is exported empty until it is measured.
+`packet` the payload handed to the wire, `message` the whole gRPC messages (header and chunking included), `wire` what
+an Ethernet interface sends for them (`framing.py`). What the receiver's kernel and gRPC answer, acknowledgements above
+all, is expected where it is caused, and stands in the wire column of the control row of the opposite direction.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-
-from swarm_core.wire.frames import message_bytes
-from swarm_core.wire.messages import FrameKind, LedgerRow, Report, to_bytes
+from swarm_core.wire.frames import FRAME_OVERHEAD, chunk_count, message_bytes
+from swarm_core.wire.framing import OPENING, OPENING_TLS, Wire, frame_wire
+from swarm_core.wire.messages import FrameKind, LedgerRow, Mode, Report, to_bytes
 
 KIND_OF: dict[FrameKind, str] = {
     FrameKind.ACTIVATION: "activation",
@@ -34,40 +34,74 @@ COLUMNS = (
 )
 
 
-class Ledger:
-    """Sums per (tick, link, direction, kind); `take()` hands over what has been counted since the last call."""
+OPPOSITE = {"down": "up", "up": "down"}
+Key = tuple[int, str, str, str]
 
-    def __init__(self) -> None:
-        self._sums: dict[tuple[int, str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+
+class Ledger:
+    """Sums per (tick, link, direction, kind); `take()` hands over what has been counted since the last call.
+
+    `tls` says whether this process's streams are encrypted: it changes the wire column and nothing else.
+    """
+
+    def __init__(self, tls: bool = False) -> None:
+        self.tls = tls
+        self._sums: dict[Key, LedgerRow] = {}
 
     def count(
-        self, tick: int, link: str, direction: str, kind: FrameKind, *, dense: int | None, packet: int, message: int
+        self,
+        tick: int,
+        link: str,
+        direction: str,
+        kind: FrameKind,
+        mode: Mode = Mode.TRAIN,
+        *,
+        dense: int | None,
+        packet: int,
+        message: int,
     ) -> None:
         """Count one frame of `packet` payload bytes that cost `message` bytes on the stream."""
-        row = self._sums[(tick, link, direction, KIND_OF.get(kind, "control"))]
-        row[0] += packet if dense is None else dense
-        row[1] += packet
-        row[2] += message
-        row[3] += 1
+        probe = mode is Mode.PROBE and kind in (FrameKind.ACTIVATION, FrameKind.GRADIENT)
+        row = self._row(tick, link, direction, "fidelity" if probe else KIND_OF.get(kind, "control"))
+        row.dense_bytes += packet if dense is None else dense
+        row.packet_bytes += packet
+        row.message_bytes += message
+        row.frames += 1
+        messages = max(1, (message - packet) // FRAME_OVERHEAD)
+        wire = frame_wire(message, messages, self.tls, alone=kind is FrameKind.WARM)
+        if kind is FrameKind.HELLO:  # the first frame of every stream pays for its connection
+            wire = wire.plus(OPENING_TLS if self.tls else OPENING)
+        self._count_wire(row, wire)
 
     def take_report(self, report: Report, tick: int, link: str, direction: str) -> bytes:
         """The payload of a REPORT frame with everything counted so far, that frame itself included.
 
-        Numbers in a row have a fixed width, so the payload's size is known before its own row is filled in.
+        Numbers in a row have a fixed width, so the payload's size is known before its own rows are filled in.
         """
-        own = (tick, link, direction, "control")
-        self._sums[own][3] += 1
-        report.ledger = [LedgerRow(*key, *value) for key, value in sorted(self._sums.items())]
+        own = self._row(tick, link, direction, "control")
+        self._count_wire(own, Wire(0, 0))  # the row of the answer is part of the report
+        report.ledger = self._rows()
         size = len(to_bytes(report))
-        row = next(r for r in report.ledger if (r.tick, r.link, r.direction, r.kind) == own)
-        row.dense_bytes += size
-        row.packet_bytes += size
-        row.message_bytes += message_bytes(size)
-        self._sums.clear()
+        own.dense_bytes += size
+        own.packet_bytes += size
+        own.message_bytes += message_bytes(size)
+        own.frames += 1
+        self._count_wire(own, frame_wire(message_bytes(size), chunk_count(size), self.tls, alone=True))
+        self._sums = {}
         return to_bytes(report)
 
     def take(self) -> list[LedgerRow]:
         """The rows counted since the last call, in order; the ledger is empty afterwards."""
-        rows = [LedgerRow(*key, *value) for key, value in sorted(self._sums.items())]
-        self._sums.clear()
+        rows = self._rows()
+        self._sums = {}
         return rows
+
+    def _rows(self) -> list[LedgerRow]:
+        return [self._sums[key] for key in sorted(self._sums)]
+
+    def _row(self, tick: int, link: str, direction: str, kind: str) -> LedgerRow:
+        return self._sums.setdefault((tick, link, direction, kind), LedgerRow(tick, link, direction, kind))
+
+    def _count_wire(self, row: LedgerRow, wire: Wire) -> None:
+        row.wire_bytes += wire.sent
+        self._row(row.tick, row.link, OPPOSITE[row.direction], "control").wire_bytes += wire.answered

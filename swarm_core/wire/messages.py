@@ -40,6 +40,8 @@ class FrameKind(enum.IntEnum):
     WEIGHTS = 17
     SKETCH = 18
     BASIS = 19
+    WARM = 20
+    RESEND = 21
 
 
 class Mode(enum.IntEnum):
@@ -49,6 +51,7 @@ class Mode(enum.IntEnum):
     SCORE = 1
     REFERENCE = 2
     DECODE = 3
+    PROBE = 4
 
 
 class Outcome(enum.IntEnum):
@@ -109,6 +112,7 @@ class LedgerRow:
     packet_bytes: int = 0
     message_bytes: int = 0
     frames: int = 0
+    wire_bytes: int = 0
 
 
 @dataclass
@@ -133,7 +137,7 @@ class Saved:
 class BatchData:
     batch: int = 0
     weight_version: int = 0
-    basis_version: int = 0
+    prompts: bytes = b""
     id_bytes: int = 4
     prompt_lengths: bytes = b""
     completion_lengths: bytes = b""
@@ -161,6 +165,7 @@ class StageVote:
     basis_held: int = 0
     norms: list[float] = field(default_factory=list)
     numbers: dict[str, float] = field(default_factory=dict)
+    fault: str = ""
 
 
 @dataclass
@@ -216,6 +221,8 @@ class BasisMatrix:
     rows: int = 0
     columns: int = 0
     values: bytes = b""
+    decoder: bytes = b""
+    step: float = 0.0
 
 
 @dataclass
@@ -230,6 +237,10 @@ class Sketch:
     version: int = 0
     tick: int = 0
     matrix: BasisMatrix = field(default_factory=BasisMatrix)
+    part: int = 0
+    trace: float = 0.0
+    rows_seen: int = 0
+    packet_bytes: int = 0
 
 
 M = TypeVar("M")

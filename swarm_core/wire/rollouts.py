@@ -31,11 +31,11 @@ def batch_data(batch: Batch, vocab: int) -> BatchData:
     return BatchData(
         batch=batch.number,
         weight_version=batch.weight_version,
-        basis_version=batch.basis_version,
         id_bytes=width,
         prompt_lengths=_bytes(batch.prompt_lengths, "<u4"),
         completion_lengths=_bytes(batch.completion_lengths, "<u4"),
         slices=_bytes(batch.slices, "<u4"),
+        prompts=_bytes(batch.prompts, "<u4"),
         completion_ids=_bytes(batch.targets_M.numpy(), f"<u{width}"),
         advantages=_bytes(batch.advantages, "<f4"),
         sampler_logprobs=_bytes(batch.sampler_logprobs_M.numpy(), "<f4"),
@@ -48,7 +48,7 @@ def batch_data(batch: Batch, vocab: int) -> BatchData:
 def batch_data_bytes(sequences: int, completion_tokens: int, slices: int, vocab: int) -> int:
     """Payload bytes of a BATCH frame: a pure function of its shape."""
     batch = Batch(
-        1, 1, 1, 1, [1] * sequences, [1] * sequences, [0] * slices + [sequences], torch.zeros(sequences),
+        1, 1, 1, [0] * sequences, [1] * sequences, [1] * sequences, [0] * slices + [sequences], torch.zeros(sequences),
         [0.0] * sequences, torch.zeros(sequences), torch.zeros(sequences), [0] * slices, [0] * slices,
     )  # fmt: skip
     data = batch_data(batch, vocab)
@@ -73,8 +73,8 @@ def read_batch(data: BatchData, microbatch_size: int, vocab: int) -> Batch:
         return Batch(
             number=data.batch,
             weight_version=data.weight_version,
-            basis_version=data.basis_version,
             microbatch_size=microbatch_size,
+            prompts=_ints(data.prompts, "prompts"),
             prompt_lengths=prompts,
             completion_lengths=completions,
             slices=_ints(data.slices, "slices"),

@@ -1,4 +1,10 @@
-"""Open streams: frames over a bidirectional gRPC call, dialled or served, every byte counted. Knows no message's meaning."""
+"""Open streams: frames over a bidirectional gRPC call, dialled or served, every byte counted. Knows no message's meaning.
+
+Every stream has a TCP connection of its own, so bulk on one delays nothing on another: links between neighbours, the
+anchor's stream and samplers' feeds each have theirs. Within a link control shares the order of the tensors, and loses
+nothing by it: a VOTE must follow its last gradient anyway, and when stage 0 decides, every activation of the tick has been
+consumed, so nothing that is large stands before a DECIDE, or before the BEGIN behind it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 
@@ -20,14 +27,18 @@ from swarm_core.wire.errors import (
     PortInUse,
     Refused,
     Unreachable,
+    WireError,
     from_status,
     status_of,
 )
-from swarm_core.wire.frames import MAX_MESSAGE_BYTES, Assembler, Frame, Header, chunks_of
+from swarm_core.wire.frames import CHUNK_BYTES, MAX_MESSAGE_BYTES, Assembler, Frame, Header, chunks_of
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import FrameKind, Report
+from swarm_core.wire.pacing import NO_LIMITS, Limits
 
 ALL_INTERFACES = ("0.0.0.0", "::", "*")
+# TCP forgets an idle connection's window after its retransmission timeout: 200 ms at least, and a round trip more.
+KEEP_WARM_S = 0.2
 log = logging.getLogger(__name__)
 Handler = Callable[["FrameStream"], Awaitable[None]]
 
@@ -66,9 +77,13 @@ class FrameStream:
         self._ledger = ledger
         self._lock = asyncio.Lock()
         self._assembler = Assembler({})
+        self._limits = NO_LIMITS
+        self._tick = 0  # of the newest frame sent
+        self._sent_at = 0.0
         self.link = ""
         self.direction = "down"
         self.peer = peer
+        self.loopback = False
 
     def name(self, link: str, direction: str, limits: dict[FrameKind, int] | None = None) -> FrameStream:
         """Say which link this is (ledger rows) and how large frames may get, once the peer is known."""
@@ -81,6 +96,29 @@ class FrameStream:
         """Say how large a frame may get by its whole header, before anything is allocated for it."""
         self._assembler.limit = limit
 
+    def pace(self, limits: Limits) -> FrameStream:
+        """Keep to the limits of this host's line from now on."""
+        self._limits = limits
+        return self
+
+    async def keep_warm(self, over: asyncio.Future[Any], every_s: float = KEEP_WARM_S) -> None:
+        """Send an empty WARM frame whenever nothing was sent for `every_s`, until `over` is done or the peer is gone.
+
+        An idle connection falls back to slow start, and the first tensor after a pause takes several round trips more.
+        One run of this holds the window of one direction; each end runs its own. Loopback has no window to lose, and is
+        left alone. The ledger counts these frames as control.
+        """
+        try:
+            while not self.loopback:
+                idle_s = 0.0 if self._lock.locked() else time.monotonic() - self._sent_at
+                await asyncio.wait({over}, timeout=max(0.0, every_s - idle_s))
+                if over.done():
+                    return
+                if time.monotonic() - self._sent_at >= every_s and not self._lock.locked():
+                    await self.send(Frame(Header(FrameKind.WARM, tick=self._tick)))
+        except WireError:
+            pass  # whoever reads or sends here is told
+
     async def send_report(self, report: Report, tick: int) -> None:
         """Send a report that carries everything this process has counted so far, the report itself included."""
         payload = self._ledger.take_report(report, tick, self.link, self.direction)
@@ -89,13 +127,19 @@ class FrameStream:
     async def send(self, frame: Frame, *, count: bool = True) -> None:
         """Write a frame and count it. Raises PeerLost when the stream is gone."""
         message = 0
+        up = self._limits.up
+        # What counts itself (a report) foretold its size in chunks of the usual size.
+        chunk_bytes = up.chunk_bytes if up is not None and count else CHUNK_BYTES
         async with self._lock:
-            for chunk in chunks_of(frame):
+            for chunk in chunks_of(frame, chunk_bytes):
+                if up is not None:
+                    await up.take(len(chunk))
                 try:
                     await self._write(chunk)
                 except BROKEN as error:
                     raise await self._lost(error) from None
                 message += len(chunk)
+            self._tick, self._sent_at = frame.header.tick, time.monotonic()
         if not count:
             return
         self._ledger.count(
@@ -103,6 +147,7 @@ class FrameStream:
             self.link,
             self.direction,
             frame.header.kind,
+            frame.header.mode,
             dense=frame.dense_bytes,
             packet=memoryview(frame.payload).nbytes,
             message=message,
@@ -117,8 +162,10 @@ class FrameStream:
                 raise await self._lost(error) from None
             if message is grpc.aio.EOF:
                 return None
+            if self._limits.down is not None:
+                await self._limits.down.take(len(message))
             frame = self._assembler.feed(message)
-            if frame is not None:
+            if frame is not None and frame.header.kind is not FrameKind.WARM:
                 return frame
 
     async def expect(self, kind: FrameKind) -> Frame:
@@ -139,8 +186,9 @@ class FrameStream:
 class Dialled(FrameStream):
     """The dialling side of a stream; owns its channel."""
 
-    def __init__(self, channel: grpc.aio.Channel, call: Any, ledger: Ledger, peer: str) -> None:
+    def __init__(self, channel: grpc.aio.Channel, call: Any, ledger: Ledger, peer: str, loopback: bool = False) -> None:
         super().__init__(call.read, call.write, ledger, peer)
+        self.loopback = loopback
         self._channel = channel
         self._call = call
 
@@ -187,7 +235,7 @@ async def dial(
         if on_wait is not None and not ready.done():
             on_wait(time.monotonic() - started)
     call = channel.stream_stream(f"/swarm.v1.{method}", request_serializer=_raw, response_deserializer=_raw)()
-    return Dialled(channel, call, ledger, f"{who} at {address}")
+    return Dialled(channel, call, ledger, f"{who} at {address}", is_loopback(address))
 
 
 class Server:
@@ -196,6 +244,7 @@ class Server:
     def __init__(self, service: str, handlers: dict[str, Handler], ledger: Ledger) -> None:
         self._server = grpc.aio.server(options=OPTIONS)
         self._ledger = ledger
+        self.limits = NO_LIMITS
         methods = {
             name: grpc.stream_stream_rpc_method_handler(
                 self._serve(handler), request_deserializer=_raw, response_serializer=_raw
@@ -206,7 +255,8 @@ class Server:
 
     def _serve(self, handler: Handler) -> Callable[[Any, Any], Awaitable[None]]:
         async def serve(_request_iterator: Any, context: Any) -> None:
-            stream = FrameStream(context.read, context.write, self._ledger, context.peer())
+            stream = FrameStream(context.read, context.write, self._ledger, context.peer()).pace(self.limits)
+            stream.loopback = is_loopback(unquote(context.peer()).partition(":")[2])  # "ipv4:127.0.0.1:50132"
             try:
                 await handler(stream)
             except Refused as error:

@@ -29,6 +29,8 @@ class FrameKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WEIGHTS: _ClassVar[FrameKind]
     SKETCH: _ClassVar[FrameKind]
     BASIS: _ClassVar[FrameKind]
+    WARM: _ClassVar[FrameKind]
+    RESEND: _ClassVar[FrameKind]
 
 class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -36,6 +38,7 @@ class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SCORE: _ClassVar[Mode]
     REFERENCE: _ClassVar[Mode]
     DECODE: _ClassVar[Mode]
+    PROBE: _ClassVar[Mode]
 
 class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -63,10 +66,13 @@ FETCH: FrameKind
 WEIGHTS: FrameKind
 SKETCH: FrameKind
 BASIS: FrameKind
+WARM: FrameKind
+RESEND: FrameKind
 TRAIN: Mode
 SCORE: Mode
 REFERENCE: Mode
 DECODE: Mode
+PROBE: Mode
 HOLD: Outcome
 COMMIT: Outcome
 SKIP: Outcome
@@ -188,7 +194,7 @@ class Stop(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., now: _Optional[bool] = ...) -> None: ...
 
 class LedgerRow(_message.Message):
-    __slots__ = ("tick", "link", "direction", "kind", "dense_bytes", "packet_bytes", "message_bytes", "frames")
+    __slots__ = ("tick", "link", "direction", "kind", "dense_bytes", "packet_bytes", "message_bytes", "frames", "wire_bytes")
     TICK_FIELD_NUMBER: _ClassVar[int]
     LINK_FIELD_NUMBER: _ClassVar[int]
     DIRECTION_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +203,7 @@ class LedgerRow(_message.Message):
     PACKET_BYTES_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     FRAMES_FIELD_NUMBER: _ClassVar[int]
+    WIRE_BYTES_FIELD_NUMBER: _ClassVar[int]
     tick: int
     link: str
     direction: str
@@ -205,7 +212,8 @@ class LedgerRow(_message.Message):
     packet_bytes: int
     message_bytes: int
     frames: int
-    def __init__(self, tick: _Optional[int] = ..., link: _Optional[str] = ..., direction: _Optional[str] = ..., kind: _Optional[str] = ..., dense_bytes: _Optional[int] = ..., packet_bytes: _Optional[int] = ..., message_bytes: _Optional[int] = ..., frames: _Optional[int] = ...) -> None: ...
+    wire_bytes: int
+    def __init__(self, tick: _Optional[int] = ..., link: _Optional[str] = ..., direction: _Optional[str] = ..., kind: _Optional[str] = ..., dense_bytes: _Optional[int] = ..., packet_bytes: _Optional[int] = ..., message_bytes: _Optional[int] = ..., frames: _Optional[int] = ..., wire_bytes: _Optional[int] = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("type", "tick", "numbers", "words", "ledger")
@@ -250,10 +258,10 @@ class Saved(_message.Message):
     def __init__(self, tick: _Optional[int] = ..., checkpoint: _Optional[str] = ..., file: _Optional[str] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class BatchData(_message.Message):
-    __slots__ = ("batch", "weight_version", "basis_version", "id_bytes", "prompt_lengths", "completion_lengths", "slices", "completion_ids", "advantages", "sampler_logprobs", "loss_mask", "slice_tokens", "slice_sequences")
+    __slots__ = ("batch", "weight_version", "prompts", "id_bytes", "prompt_lengths", "completion_lengths", "slices", "completion_ids", "advantages", "sampler_logprobs", "loss_mask", "slice_tokens", "slice_sequences")
     BATCH_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
-    BASIS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
     ID_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LENGTHS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_LENGTHS_FIELD_NUMBER: _ClassVar[int]
@@ -266,7 +274,7 @@ class BatchData(_message.Message):
     SLICE_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     batch: int
     weight_version: int
-    basis_version: int
+    prompts: bytes
     id_bytes: int
     prompt_lengths: bytes
     completion_lengths: bytes
@@ -277,7 +285,7 @@ class BatchData(_message.Message):
     loss_mask: bytes
     slice_tokens: bytes
     slice_sequences: bytes
-    def __init__(self, batch: _Optional[int] = ..., weight_version: _Optional[int] = ..., basis_version: _Optional[int] = ..., id_bytes: _Optional[int] = ..., prompt_lengths: _Optional[bytes] = ..., completion_lengths: _Optional[bytes] = ..., slices: _Optional[bytes] = ..., completion_ids: _Optional[bytes] = ..., advantages: _Optional[bytes] = ..., sampler_logprobs: _Optional[bytes] = ..., loss_mask: _Optional[bytes] = ..., slice_tokens: _Optional[bytes] = ..., slice_sequences: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, batch: _Optional[int] = ..., weight_version: _Optional[int] = ..., prompts: _Optional[bytes] = ..., id_bytes: _Optional[int] = ..., prompt_lengths: _Optional[bytes] = ..., completion_lengths: _Optional[bytes] = ..., slices: _Optional[bytes] = ..., completion_ids: _Optional[bytes] = ..., advantages: _Optional[bytes] = ..., sampler_logprobs: _Optional[bytes] = ..., loss_mask: _Optional[bytes] = ..., slice_tokens: _Optional[bytes] = ..., slice_sequences: _Optional[bytes] = ...) -> None: ...
 
 class Begin(_message.Message):
     __slots__ = ("microbatches", "basis_version", "correction", "step")
@@ -292,7 +300,7 @@ class Begin(_message.Message):
     def __init__(self, microbatches: _Optional[int] = ..., basis_version: _Optional[int] = ..., correction: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class StageVote(_message.Message):
-    __slots__ = ("stage", "ready", "basis_held", "norms", "numbers")
+    __slots__ = ("stage", "ready", "basis_held", "norms", "numbers", "fault")
     class NumbersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -305,12 +313,14 @@ class StageVote(_message.Message):
     BASIS_HELD_FIELD_NUMBER: _ClassVar[int]
     NORMS_FIELD_NUMBER: _ClassVar[int]
     NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
     stage: int
     ready: bool
     basis_held: int
     norms: _containers.RepeatedScalarFieldContainer[float]
     numbers: _containers.ScalarMap[str, float]
-    def __init__(self, stage: _Optional[int] = ..., ready: _Optional[bool] = ..., basis_held: _Optional[int] = ..., norms: _Optional[_Iterable[float]] = ..., numbers: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    fault: str
+    def __init__(self, stage: _Optional[int] = ..., ready: _Optional[bool] = ..., basis_held: _Optional[int] = ..., norms: _Optional[_Iterable[float]] = ..., numbers: _Optional[_Mapping[str, float]] = ..., fault: _Optional[str] = ...) -> None: ...
 
 class Vote(_message.Message):
     __slots__ = ("votes", "gated")
@@ -385,18 +395,22 @@ class Fetch(_message.Message):
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class BasisMatrix(_message.Message):
-    __slots__ = ("boundary", "direction", "rows", "columns", "values")
+    __slots__ = ("boundary", "direction", "rows", "columns", "values", "decoder", "step")
     BOUNDARY_FIELD_NUMBER: _ClassVar[int]
     DIRECTION_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     COLUMNS_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
+    DECODER_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
     boundary: int
     direction: int
     rows: int
     columns: int
     values: bytes
-    def __init__(self, boundary: _Optional[int] = ..., direction: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., values: _Optional[bytes] = ...) -> None: ...
+    decoder: bytes
+    step: float
+    def __init__(self, boundary: _Optional[int] = ..., direction: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., values: _Optional[bytes] = ..., decoder: _Optional[bytes] = ..., step: _Optional[float] = ...) -> None: ...
 
 class BasisSet(_message.Message):
     __slots__ = ("version", "tick", "matrices")
@@ -409,11 +423,19 @@ class BasisSet(_message.Message):
     def __init__(self, version: _Optional[int] = ..., tick: _Optional[int] = ..., matrices: _Optional[_Iterable[_Union[BasisMatrix, _Mapping]]] = ...) -> None: ...
 
 class Sketch(_message.Message):
-    __slots__ = ("version", "tick", "matrix")
+    __slots__ = ("version", "tick", "matrix", "part", "trace", "rows_seen", "packet_bytes")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TICK_FIELD_NUMBER: _ClassVar[int]
     MATRIX_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_SEEN_FIELD_NUMBER: _ClassVar[int]
+    PACKET_BYTES_FIELD_NUMBER: _ClassVar[int]
     version: int
     tick: int
     matrix: BasisMatrix
-    def __init__(self, version: _Optional[int] = ..., tick: _Optional[int] = ..., matrix: _Optional[_Union[BasisMatrix, _Mapping]] = ...) -> None: ...
+    part: int
+    trace: float
+    rows_seen: int
+    packet_bytes: int
+    def __init__(self, version: _Optional[int] = ..., tick: _Optional[int] = ..., matrix: _Optional[_Union[BasisMatrix, _Mapping]] = ..., part: _Optional[int] = ..., trace: _Optional[float] = ..., rows_seen: _Optional[int] = ..., packet_bytes: _Optional[int] = ...) -> None: ...

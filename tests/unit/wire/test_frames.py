@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.frames import (
     CHUNK_BYTES,
+    CHUNK_UNIT_BYTES,
     FRAME_OVERHEAD,
     HEADER_BYTES,
     MAX_MESSAGE_BYTES,
@@ -45,6 +46,7 @@ HEADERS = st.builds(
 )
 FULL = Header(FrameKind.ACTIVATION, 2**63 + 5, 1, 2, 3, 2**64 - 1, Mode.SCORE, 4, 5, 6, 7, 1 << 16)
 LARGE = {kind: 1 << 24 for kind in FrameKind}
+GOLDEN_CRC, GOLDEN_CHUNK_CRCS = 0xFD782727, [0xD7797532, 0x243FB35B, 0x8147A605]
 SIZES = [0, 1, 2, 127, 128, 16_383, 16_384, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES, 3 << 20]
 
 
@@ -173,7 +175,9 @@ def test_a_message_over_the_grpc_limit_is_refused() -> None:
         Assembler(LARGE).feed(b"\x0a" + bytes(MAX_MESSAGE_BYTES))
 
 
-@pytest.mark.parametrize("fields", [{"kind": 0}, {"kind": 20}, {"kind": 2**32 - 1}, {"mode": 4}])
+@pytest.mark.parametrize(
+    "fields", [{"kind": 0}, {"kind": max(FrameKind) + 1}, {"kind": 2**32 - 1}, {"mode": max(Mode) + 1}]
+)
 def test_an_unknown_kind_or_mode_is_refused(fields: dict[str, int]) -> None:
     (message,) = chunks_of(Frame(FULL, b"x"))
     with pytest.raises(BadFrame, match="another version"):
@@ -241,6 +245,43 @@ def test_chunks_of_another_size_than_announced_are_refused() -> None:
     (single,) = chunks_of(Frame(FULL, b"12345"))
     with pytest.raises(BadFrame, match="wanted"):
         Assembler(LARGE).feed(resized(single, b"1234"))
+
+
+@pytest.mark.parametrize("chunk_bytes", [CHUNK_UNIT_BYTES, 3 * CHUNK_UNIT_BYTES, CHUNK_BYTES // 2])
+def test_a_sender_may_choose_smaller_chunks(chunk_bytes: int) -> None:
+    assembler = Assembler(LARGE)
+    for size in (0, 1, chunk_bytes - 1, chunk_bytes, chunk_bytes + 1, 7 * chunk_bytes, CHUNK_BYTES + 5):
+        messages = list(chunks_of(Frame(FULL, payload(size)), chunk_bytes))
+        assert sum(map(len, messages)) == message_bytes(size, chunk_bytes)
+        assert max(map(len, messages)) <= chunk_bytes + FRAME_OVERHEAD
+        back = assembled(messages, assembler)
+        assert (back.header, bytes(back.payload)) == (FULL, payload(size))
+
+
+def test_smaller_chunks_are_of_one_size_and_not_tiny() -> None:
+    whole = Frame(FULL, payload(5 * CHUNK_UNIT_BYTES))
+    one, two = CHUNK_UNIT_BYTES, 2 * CHUNK_UNIT_BYTES
+    for chunk_bytes in (1, one - 1, one + 1, one // 2):
+        with pytest.raises(BadFrame, match="wanted"):
+            Assembler(LARGE).feed(next(chunks_of(whole, chunk_bytes)))
+    (_, small, *_), (first, large, _) = chunks_of(whole, one), chunks_of(whole, two)
+    assembler = Assembler(LARGE)
+    assembler.feed(first)
+    for other in (small, forged(small, chunks=3), resized(large, payload(two - 1))):
+        with pytest.raises(BadFrame):
+            assembler.feed(other)
+    assert assembler.feed(large) is None
+    above = Frame(FULL, payload(3 * CHUNK_BYTES))
+    with pytest.raises(BadFrame, match="wanted"):
+        Assembler(LARGE).feed(next(chunks_of(above, CHUNK_BYTES + one)))
+
+
+def test_the_wire_form_has_not_changed() -> None:
+    """A frame of the first version of the protocol, byte for byte."""
+    (message,) = chunks_of(Frame(FULL, b"payload"))
+    assert zlib.crc32(message) == GOLDEN_CRC and len(message) == FRAME_OVERHEAD + 7
+    chunks = list(chunks_of(Frame(FULL, payload(2 * CHUNK_BYTES + 9))))
+    assert [zlib.crc32(chunk) for chunk in chunks] == GOLDEN_CHUNK_CRCS
 
 
 def test_limits_are_by_kind_and_the_default_is_one_message() -> None:

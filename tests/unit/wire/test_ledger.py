@@ -9,6 +9,7 @@ from dataclasses import fields
 import pytest
 
 from swarm_core.wire.frames import CHUNK_BYTES, Assembler, Frame, Header, message_bytes
+from swarm_core.wire.framing import OPENING, OPENING_TLS, Wire, frame_wire
 from swarm_core.wire.ledger import COLUMNS, KIND_OF, Ledger
 from swarm_core.wire.messages import FrameKind, LedgerRow, Report, from_bytes, to_bytes
 from swarm_core.wire.streams import FrameStream
@@ -17,7 +18,7 @@ LIMITS = {kind: 1 << 26 for kind in FrameKind}
 OTHERS = [kind for kind in FrameKind if kind is not FrameKind.REPORT]
 
 
-class Wire:
+class Tap:
     """A stream whose bytes are kept."""
 
     def __init__(self, ledger: Ledger) -> None:
@@ -37,14 +38,14 @@ class Wire:
 
 def test_one_frame_of_every_kind_lands_in_its_row() -> None:
     ledger = Ledger()
-    wire = Wire(ledger)
+    wire = Tap(ledger)
 
     async def send() -> None:
         for kind in FrameKind:
             await wire.stream.send(Frame(Header(kind, tick=3), bytes(kind), dense_bytes=1000 + kind))
 
     asyncio.run(send())
-    rows = {row.kind: row for row in ledger.take()}
+    rows = {row.kind: row for row in ledger.take() if row.frames}
     for kind in FrameKind:
         row = rows[KIND_OF.get(kind, "control")]
         assert (row.tick, row.link, row.direction) == (3, "a-b", "down") and row.kind in {*KIND_OF.values(), "control"}
@@ -60,7 +61,7 @@ def test_dense_is_the_payload_where_there_is_no_tensor() -> None:
     ledger = Ledger()
     ledger.count(0, "a-b", "up", FrameKind.VOTE, dense=None, packet=70, message=200)
     ledger.count(0, "a-b", "up", FrameKind.GRADIENT, dense=0, packet=50, message=180)
-    control, gradient = ledger.take()
+    control, gradient = (row for row in ledger.take() if row.frames)
     assert (control.dense_bytes, gradient.dense_bytes) == (70, 0)
 
 
@@ -68,20 +69,41 @@ def test_rows_are_sums_in_order_and_a_row_has_the_columns() -> None:
     ledger = Ledger()
     for tick, link in ((2, "b"), (1, "b"), (1, "a"), (1, "a")):
         ledger.count(tick, link, "down", FrameKind.BATCH, dense=None, packet=10, message=20)
-    rows = ledger.take()
+    rows = [row for row in ledger.take() if row.frames]
     assert [(r.tick, r.link, r.packet_bytes, r.message_bytes, r.frames) for r in rows] == [
         (1, "a", 20, 40, 2),
         (1, "b", 10, 20, 1),
         (2, "b", 10, 20, 1),
     ]
-    assert [f.name for f in fields(LedgerRow)] == [name for name in COLUMNS if name != "wire_bytes"]
+    assert {f.name for f in fields(LedgerRow)} == set(COLUMNS)
+
+
+def test_the_answer_to_a_frame_stands_in_the_other_direction() -> None:
+    ledger = Ledger()
+    ledger.count(4, "a-b", "down", FrameKind.ACTIVATION, dense=None, packet=8192, message=8292)
+    ledger.count(4, "a-b", "down", FrameKind.WEIGHTS, dense=None, packet=5 << 20, message=(5 << 20) + 500)
+    activation, weights, answer = ledger.take()
+    small, chunks = frame_wire(8292), frame_wire((5 << 20) + 500, 5)
+    assert (activation.wire_bytes, weights.wire_bytes) == (small.sent, chunks.sent)
+    assert answer == LedgerRow(4, "a-b", "up", "control", wire_bytes=small.answered + chunks.answered)
+
+
+@pytest.mark.parametrize(("tls", "opening"), [(False, OPENING), (True, OPENING_TLS)])
+def test_a_stream_pays_for_its_connection_once(tls: bool, opening: Wire) -> None:
+    ledger = Ledger(tls=tls)
+    for kind in (FrameKind.HELLO, FrameKind.FETCH):
+        ledger.count(0, "a-b", "down", kind, dense=None, packet=0, message=100)
+        down, up = ledger.take()
+        assert Wire(down.wire_bytes, up.wire_bytes) == frame_wire(100, tls=tls).plus(
+            opening if kind is FrameKind.HELLO else Wire(0, 0)
+        )
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_report_counts_itself_exactly(seed: int) -> None:
     rng = random.Random(seed)
     ledger = Ledger()
-    wire = Wire(ledger)
+    wire = Tap(ledger)
     reports = rng.randint(1, 4)
 
     async def send() -> None:
@@ -98,19 +120,23 @@ def test_a_report_counts_itself_exactly(seed: int) -> None:
     assert sum(row.message_bytes for row in rows) == sum(map(len, wire.messages))
     assert sum(row.packet_bytes for row in rows) == sum(memoryview(f.payload).nbytes for f in wire.frames())
     assert sum(row.frames for row in rows) == len(wire.frames())
+    assert sum(row.wire_bytes for row in rows if row.direction == "down") > sum(map(len, wire.messages))
+    assert all(row.wire_bytes > row.message_bytes for row in rows)
     assert ledger.take() == []
 
 
 def test_a_report_of_several_chunks_counts_itself_too() -> None:
     ledger = Ledger()
-    wire = Wire(ledger)
+    wire = Tap(ledger)
     for tick in range(20_000):
         ledger.count(tick, "stage0-stage1", "down", FrameKind.ACTIVATION, dense=4, packet=3, message=5)
     asyncio.run(wire.stream.send_report(Report("ledger", 1), 1))
     (frame,) = wire.frames()
     report = from_bytes(Report, frame.payload)
-    own = [row for row in report.ledger if row.kind == "control"]
+    own = [row for row in report.ledger if row.kind == "control" and row.direction == "down"]
     assert len(wire.messages) > 1
     assert [(r.frames, r.message_bytes) for r in own] == [(1, sum(map(len, wire.messages)))]
     assert own[0].packet_bytes == len(to_bytes(report)) == memoryview(frame.payload).nbytes
     assert own[0].message_bytes == message_bytes(own[0].packet_bytes)
+    counted = frame_wire(own[0].message_bytes, len(wire.messages), alone=True)
+    assert own[0].wire_bytes == counted.sent

@@ -50,10 +50,9 @@ def u32(*values: int) -> bytes:
 @pytest.mark.parametrize("seed", range(6))
 def test_a_batch_comes_back_without_prompt_ids(seed: int, vocab: int) -> None:
     sent = a_batch(seed, slices=1 + seed % 4, vocab=vocab)
-    sent.basis_version = seed * 3
     data = from_bytes(BatchData, to_bytes(batch_data(sent, vocab)))
     back = read_batch(data, SIZE, vocab)
-    plain = ("number", "weight_version", "basis_version", "microbatch_size", "prompt_lengths", "completion_lengths")
+    plain = ("number", "weight_version", "microbatch_size", "prompts", "prompt_lengths", "completion_lengths")
     for name in (*plain, "slices", "slice_tokens", "slice_sequences", "microbatches"):
         assert getattr(back, name) == getattr(sent, name), name
     for name in ("targets_M", "sampler_logprobs_M", "active_M"):
@@ -86,7 +85,7 @@ def test_the_width_of_a_token_id() -> None:
 
 
 GOOD = BatchData(
-    1, 0, 0, 2, u32(3, 4), u32(2, 1), u32(0, 1, 2), struct.pack("<3H", 7, 8, 9), struct.pack("<2f", 1, -1),
+    1, 0, u32(0, 1), 2, u32(3, 4), u32(2, 1), u32(0, 1, 2), struct.pack("<3H", 7, 8, 9), struct.pack("<2f", 1, -1),
     struct.pack("<3f", -1, -2, -3), b"\1\1\0", u32(2, 1), u32(4, 4),
 )  # fmt: skip
 
@@ -97,6 +96,9 @@ HOSTILE_BATCHES = {
     "one id short": {"completion_ids": struct.pack("<2H", 7, 8)},
     "an id outside": {"completion_ids": struct.pack("<3H", 7, VOCAB, 9)},
     "half a length": {"prompt_lengths": u32(3, 4)[:-1]},
+    "a prompt of two lengths": {"prompts": u32(5, 5)},
+    "a prompt without a number": {"prompts": u32(0)},
+    "half a number": {"prompts": u32(0, 1)[:-1]},
     "a prompt too few": {"prompt_lengths": u32(3)},
     "an empty prompt": {"prompt_lengths": u32(3, 0)},
     "an empty completion": {"completion_lengths": u32(3, 0)},

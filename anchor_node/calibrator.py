@@ -1,28 +1,36 @@
 """The compression bases: version 0 from the initial checkpoint, later ones from the stages' sketches. No stream, no clock.
 
-A basis is refreshed by one warm-started power iteration (PowerSGD, 1905.13727, applied to activations): each sender sums
-V = sum_i w_i h_i (h_i^T Q) over a window, the anchor adds the V of all replicas and takes orth(V). That is H x r numbers
-a boundary and direction, and no backward pass on the anchor.
+A basis is refreshed by one warm-started step (codec/fit.py): over a window each sender sums V_C = C E of what it sends,
+with fit `metric` each receiver of activations V_G = G D^T of their gradients, and the anchor adds those of all replicas
+and makes the next pair. That is H x r numbers a boundary, direction and part, and no backward pass on the anchor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from codec.basis import calibrate, orthonormalise, overlap, rms_weights
+from anchor_node.steering import Decision, Steering, Window
+from codec.basis import Basis
 from codec.errors import SpecError
+from codec.fit import Fit, FitName, fit_pair, metric_weights, moment, moment_weights, overlap, refine, widened
 from codec.spec import Direction, LinkSpec
 from swarm_core.learning.logprobs import token_logprobs
-from swarm_core.learning.microbatch import Sample, completion_rows, pack_rows, split_microbatches
+from swarm_core.learning.microbatch import Microbatch, Sample, completion_rows, pack_rows, split_microbatches
 from swarm_core.learning.stage import Stage
+from swarm_core.wire.bases import Key, basis_of, key_of, matrix_of, sketch_of
 from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.messages import BasisMatrix, BasisSet, Sketch
 
-Key = tuple[int, Direction]
 CALIBRATION_SEQUENCES = 8  # in one forward; the anchor is slow, not large
+LABEL_DRAWS = 4  # of the metric's labels at each position; on 32 prompts a single one costs a tenth of the accuracy
+KEPT_VERSIONS = 4  # whose sketches may still come: batches stay on the version they began with
+KEPT_WINDOWS = 4  # that wait for their last sketch
+MOMENT, METRIC = 0, 1  # Sketch.part
+log = logging.getLogger(__name__)
 
 
 def directions(spec: LinkSpec) -> list[Direction]:
@@ -46,47 +54,42 @@ def calibration_samples(
     return samples
 
 
-def first_bases(stages: Sequence[Stage], samples: Sequence[Sample], spec: LinkSpec) -> dict[Key, Tensor]:
-    """Version 0: top eigenvectors of the second moments of h and of dL/dh at every boundary, at initial weights.
+def first_bases(
+    stages: Sequence[Stage],
+    samples: Sequence[Sample],
+    spec: LinkSpec,
+    fit: FitName = "plain",
+    ridge: float = 0.03,
+    outliers: float = 0.0,
+    steps: tuple[float, float] = (0.0, 0.0),
+) -> BasisSet:
+    """Version 0, at initial weights: `fit_pair` of the second moments of h and of dL/dh at every boundary.
 
-    `stages` chain to the whole model. Activations are weighted by 1/rms^2, as the next layer's norm sees them.
+    `stages` chain to the whole model; `steps` are the quantiser's, forward and backward. With fit `metric` the metric
+    of h is the Fisher information of the positions that predict the answers: labels are drawn from the model's own
+    distribution, LABEL_DRAWS times (seeded). The answers themselves are one draw, and a worse one.
     """
-    rows: dict[Key, list[Tensor]] = {}
+    moments: dict[Key, Tensor] = {}
+    metrics: dict[Key, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
     for mb in split_microbatches(samples, CALIBRATION_SEQUENCES):
-        boundaries = []
-        assert mb.ids_BT is not None
-        h_BTH = mb.ids_BT
-        for stage in stages:
-            h_BTH = stage(h_BTH)
-            if stage is not stages[-1]:
-                h_BTH.retain_grad()
-                boundaries.append(h_BTH)
-        logp_M, _ = token_logprobs(completion_rows(h_BTH, mb), stages[-1].lm_head_weight, mb.targets_M)
-        (-(logp_M * mb.advantages_M).sum()).backward()
-        for boundary, h in enumerate(boundaries):
-            assert h.grad is not None
-            rows.setdefault((boundary, Direction.FORWARD), []).append(pack_rows(h.detach(), mb))
-            rows.setdefault((boundary, Direction.BACKWARD), []).append(pack_rows(h.grad, mb))
-        for stage in stages:
-            stage.zero_grad(set_to_none=True)
-    bases = {}
-    for key, parts in rows.items():
-        if key[1] not in directions(spec):
-            continue
-        x_NH = torch.cat(parts).float()
-        forward = key[1] is Direction.FORWARD
-        rank = spec.rank_forward if forward else spec.rank_backward
-        bases[key] = calibrate(x_NH, rank, rms_weights(x_NH) if forward else None)
-    return bases
-
-
-def basis_set(version: int, tick: int, bases: dict[Key, Tensor]) -> BasisSet:
-    """The broadcast form."""
-    matrices = [
-        BasisMatrix(boundary, int(direction), *q_HR.shape, q_HR.float().contiguous().numpy().tobytes())
-        for (boundary, direction), q_HR in sorted(bases.items())
-    ]
-    return BasisSet(version, tick, matrices)
+        boundaries, logp_M, draws = _forward(stages, mb, LABEL_DRAWS if fit == "metric" else 0, generator)
+        rows_NH = [pack_rows(h.detach(), mb).float() for h in boundaries]
+        for draw_M in draws:
+            for boundary, g in enumerate(torch.autograd.grad(draw_M.sum(), boundaries, retain_graph=True)):
+                g_NH = pack_rows(g, mb)
+                part_HH = moment(g_NH, metric_weights(rows_NH[boundary], g_NH, outliers))
+                _accumulate(metrics, (boundary, Direction.FORWARD), part_HH)
+        grads = torch.autograd.grad(-(logp_M * mb.advantages_M).sum(), boundaries) if boundaries else ()
+        for boundary, g in enumerate(grads):
+            for direction, x_NH in ((Direction.FORWARD, rows_NH[boundary]), (Direction.BACKWARD, pack_rows(g, mb))):
+                part_HH = moment(x_NH, moment_weights(x_NH, direction, fit, outliers))
+                _accumulate(moments, (boundary, direction), part_HH)
+    matrices = []
+    for key in sorted(k for k in moments if k[1] in directions(spec)):
+        made = fit_pair(moments[key], metrics.get(key), _most(spec, key[1]), ridge)
+        matrices.append(_matrix(key, 0, made.encoder_HR, made.decoder_RH, steps[int(key[1])]))
+    return BasisSet(0, 0, matrices)
 
 
 def part_for_stage(bases: BasisSet, stage: int) -> BasisSet:
@@ -96,39 +99,155 @@ def part_for_stage(bases: BasisSet, stage: int) -> BasisSet:
 
 
 class BasisKeeper:
-    """Collects the sketches of a window and makes the next version when all boundaries and directions are in."""
+    """Collects the sketches of a window and makes the next version when all boundaries, directions and parts are in.
 
-    def __init__(self, spec: LinkSpec, boundaries: int, version: int, bases: dict[Key, Tensor]) -> None:
+    `current` is the newest version exactly as it was broadcast: what a late member, and a checkpoint, must get.
+    """
+
+    def __init__(
+        self,
+        spec: LinkSpec,
+        boundaries: int,
+        current: BasisSet,
+        fit: FitName = "plain",
+        ridge: float = 0.03,
+        steering: Mapping[Direction, Steering] | None = None,
+    ) -> None:
         self.spec = spec
-        self.version = version
-        self.bases = bases
-        self.overlap: dict[Key, float] = {}  # of the newest version with the one before
-        self._wanted = {(b, d) for b in range(boundaries) for d in directions(spec)}
-        self._sketches: dict[tuple[int, int], dict[Key, Tensor]] = {}  # by tick and the version they were taken against
+        self.current = current
+        self.overlap: dict[Key, float] = {}  # of the newest version's encoders with those before
+        self.share: dict[Key, float] = {}  # of all that the sketches show, in the fit's own measure, what it keeps
+        self.decisions: dict[Key, Decision] = {}  # of the steering, for the newest version
+        self._ridge = ridge
+        self._steering = steering or {}
+        self._boundaries = boundaries
+        keys = [(b, d) for b in range(boundaries) for d in directions(spec)]
+        self._wanted = {(*key, MOMENT) for key in keys}
+        if fit == "metric":
+            self._wanted |= {(*key, METRIC) for key in keys if key[1] is Direction.FORWARD}
+        self._held = {current.version: self._read(current)}
+        self._windows: dict[tuple[int, int], dict[tuple[int, Direction, int], _Sum]] = {}  # by tick and version
+
+    @property
+    def version(self) -> int:
+        return self.current.version
+
+    @property
+    def bases(self) -> dict[Key, Basis]:
+        """The newest version, as everybody holds it."""
+        return self._held[self.version]
 
     def add(self, sketch: Sketch) -> BasisSet | None:
         """Take one sketch; the new basis set when it was the last one missing. Raises BadFrame.
 
         Only sketches taken against the same version make up a window. Windows that stay incomplete are dropped as soon
-        as a later one is complete.
+        as a later one is complete, and so are sketches of versions long gone.
         """
-        matrix = sketch.matrix
-        if matrix.direction not in (0, 1) or (matrix.boundary, Direction(matrix.direction)) not in self._wanted:
-            raise BadFrame(f"a sketch of boundary {matrix.boundary}, direction {matrix.direction} was not asked for")
-        key = (matrix.boundary, Direction(matrix.direction))
-        rank = self.spec.rank_forward if key[1] is Direction.FORWARD else self.spec.rank_backward
-        if (matrix.rows, matrix.columns) != (self.spec.width, rank) or len(matrix.values) != 4 * matrix.rows * rank:
-            raise BadFrame(f"a sketch of {matrix.rows} x {matrix.columns}; wanted {self.spec.width} x {rank}")
-        v_HR = torch.frombuffer(bytearray(matrix.values), dtype=torch.float32).view(matrix.rows, rank)
-        window = self._sketches.setdefault((sketch.tick, sketch.version), {})
-        window[key] = window[key] + v_HR if key in window else v_HR
+        key = key_of(sketch.matrix, self._boundaries)
+        if (*key, sketch.part) not in self._wanted:
+            raise BadFrame(f"a sketch of boundary {key[0]}, {key[1].name}, part {sketch.part} was not asked for")
+        if sketch.version not in self._held:
+            return None
+        height, columns = self.spec.width, self._held[sketch.version][key].rank
+        one = _Sum(sketch_of(sketch.matrix, height, columns), sketch.trace, sketch.rows_seen, sketch.packet_bytes)
+        window = self._windows.setdefault((sketch.tick, sketch.version), {})
+        part = (*key, sketch.part)
+        window[part] = window[part] + one if part in window else one
+        self._windows = {at: self._windows[at] for at in sorted(self._windows)[-KEPT_WINDOWS:]}
         if set(window) != self._wanted:
             return None
-        self._sketches = {at: parts for at, parts in self._sketches.items() if at[0] > sketch.tick}
-        try:
-            bases = {k: orthonormalise(v) for k, v in window.items()}
-        except SpecError:
-            return None  # not finite: the basis in use stays
-        self.overlap = {k: float(overlap(self.bases[k], q)) for k, q in bases.items()}
-        self.bases, self.version = bases, self.version + 1
-        return basis_set(self.version, sketch.tick, bases)
+        self._windows = {at: parts for at, parts in self._windows.items() if at[0] > sketch.tick}
+        return self._next(sketch, window)
+
+    def _next(self, sketch: Sketch, window: dict[tuple[int, Direction, int], _Sum]) -> BasisSet | None:
+        """The next version; where a sketch gives no basis the one in use stays; None when none gives any."""
+        version, matrices, refreshed = self.version + 1, [], 0
+        self.decisions = {}
+        for matrix in self.current.matrices:
+            key = key_of(matrix, self._boundaries)
+            old, seen = self._held[sketch.version][key], window[(*key, MOMENT)]
+            try:
+                made = self._refresh(old, seen, window.get((*key, METRIC)))
+                matrix = self._steered(key, version, old.step, made, seen)
+                self.share[key] = float(made.eigenvalues_R.sum()) / made.total
+                refreshed += 1
+            except (SpecError, BadFrame) as error:
+                log.warning("basis of boundary %d, %s, stays as it is: %s", key[0], key[1].name.lower(), error)
+            matrices.append(matrix)
+        if not refreshed:
+            return None
+        before = self.bases
+        self.current = BasisSet(version, sketch.tick, matrices)
+        self._held[version] = self._read(self.current)
+        self._held = {v: held for v, held in self._held.items() if v > version - KEPT_VERSIONS}
+        self.overlap = {k: float(overlap(before[k].encoder_HR, b.encoder_HR)) for k, b in self.bases.items()}
+        return self.current
+
+    def _refresh(self, old: Basis, seen: _Sum, metric: _Sum | None) -> Fit:
+        if metric is None:
+            return refine(old, seen.v_HR, seen.trace)
+        return refine(old, seen.v_HR, seen.trace, metric.v_HR, metric.trace, self._ridge)
+
+    def _steered(self, key: Key, version: int, step: float, made: Fit, seen: _Sum) -> BasisMatrix:
+        """The matrix of a fit, with the rank and the step that the steering wants; as they are without one."""
+        rank = made.encoder_HR.shape[1]
+        if key[1] in self._steering and seen.rows:
+            # With `total` for the width, a share's spread is the coefficient's own, whatever the metric.
+            shares = [value / made.total for value in made.eigenvalues_R.tolist()]
+            window = Window(shares, made.total, seen.packet_bytes / seen.rows, step)
+            self.decisions[key] = self._steering[key[1]].decide(window)
+            rank, step = self.decisions[key].rank, self.decisions[key].step
+        basis = Basis(version, made.encoder_HR, made.decoder_RH)
+        encoder_HR, decoder_RH = widened(basis, rank)  # as it is, when there are as many
+        matrix = _matrix(key, version, encoder_HR[:, :rank], decoder_RH[:rank], step)
+        basis_of(matrix, version, self.spec)  # what rounding broke must not be sent
+        return matrix
+
+    def _read(self, bases: BasisSet) -> dict[Key, Basis]:
+        return {key_of(m, self._boundaries): basis_of(m, bases.version, self.spec) for m in bases.matrices}
+
+
+class _Sum:
+    """What a window's sketches of one boundary, direction and part add up to, over replicas."""
+
+    def __init__(self, v_HR: Tensor, trace: float, rows: int, packet_bytes: int) -> None:
+        self.v_HR, self.trace, self.rows, self.packet_bytes = v_HR, trace, rows, packet_bytes
+
+    def __add__(self, other: _Sum) -> _Sum:
+        counts = self.rows + other.rows, self.packet_bytes + other.packet_bytes
+        return _Sum(self.v_HR + other.v_HR, self.trace + other.trace, *counts)
+
+
+def _forward(
+    stages: Sequence[Stage], mb: Microbatch, draws: int, generator: torch.Generator
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """(h at every boundary, log-probs of the answers, log-probs of labels drawn from the model itself)."""
+    assert mb.ids_BT is not None
+    boundaries = []
+    h_BTH = mb.ids_BT
+    for stage in stages:
+        h_BTH = stage(h_BTH)
+        if stage is not stages[-1]:
+            boundaries.append(h_BTH)
+    h_MH, weight_VH = completion_rows(h_BTH, mb), stages[-1].lm_head_weight
+    logp_M, _ = token_logprobs(h_MH, weight_VH, mb.targets_M)
+    drawn = []
+    if draws:
+        with torch.no_grad():
+            probabilities_MV = (h_MH @ weight_VH.T).float().softmax(dim=1)
+            labels_MD = torch.multinomial(probabilities_MV, draws, replacement=True, generator=generator)
+        drawn = [token_logprobs(h_MH, weight_VH, labels_M.contiguous())[0] for labels_M in labels_MD.T]
+    return boundaries, logp_M, drawn
+
+
+def _accumulate(sums: dict[Key, Tensor], key: Key, part_HH: Tensor) -> None:
+    sums[key] = sums[key] + part_HH if key in sums else part_HH
+
+
+def _most(spec: LinkSpec, direction: Direction) -> int:
+    return spec.rank_forward if direction is Direction.FORWARD else spec.rank_backward
+
+
+def _matrix(key: Key, version: int, encoder_HR: Tensor, decoder_RH: Tensor, step: float) -> BasisMatrix:
+    wire_HR, wire_RH = Basis(version, encoder_HR.contiguous(), decoder_RH.contiguous(), step).to_wire()
+    return matrix_of(key, wire_HR, wire_RH, step)

@@ -117,6 +117,24 @@ def _contradictions(c: RunConfig) -> Iterator[tuple[str, str, str, str]]:
             f'fp64 with links.kind = "{c.links.kind}"',
             '"identity" links',
         )
+    if 0 < c.links.outliers < 1:
+        yield (
+            "links.outliers",
+            "half of all tokens are above their median",
+            str(c.links.outliers),
+            "0 (off), or 1 or more",
+        )
+    for name in ("bytes_per_token", "target_share"):
+        if getattr(c.links, name) is not None and (c.anchor.q_cadence == 0 or c.links.kind != "lowrank"):
+            got = (
+                f'{getattr(c.links, name)} with anchor.q_cadence = {c.anchor.q_cadence}, links.kind = "{c.links.kind}"'
+            )
+            yield (
+                f"links.{name}",
+                "only new basis versions can be steered",
+                got,
+                'q_cadence >= 1 and "lowrank", or none',
+            )
     if c.optimizer.schedule != "constant" and ticks == 0:
         got = f'"{c.optimizer.schedule}" with run.ticks = 0'
         yield "optimizer.schedule", "a schedule needs a last tick", got, '"constant", or run.ticks >= 1'

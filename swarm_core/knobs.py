@@ -223,19 +223,69 @@ class OptimizerSection(Section):
     schedule: Literal["constant", "linear", "cosine"] = knob("constant", "learning rate from warmup to the last tick")
 
 
+Quantiser = Literal["uniform", "bf16", "int8", "int4"]
+
+
 class LinksSection(Section):
-    """What crosses the links between stages."""
+    """What crosses the links between stages, and how finely. All but `kind` and the fidelity knobs is for lowrank."""
 
     kind: Literal["lowrank", "none", "identity"] = knob(
         "lowrank", "lowrank = projected on a basis; none = dense bf16; identity = lossless, for tests"
     )
     # r = 77 of 1536 is the 5 % of the seeds; a gradient needed rank 105 to 180 of 1536 for 90 % of its energy.
-    rank_forward: Rank = knob(0.05, "rank of the activation basis", range=RANK_RANGE)
-    rank_backward: Rank = knob(0.12, "rank of the gradient basis; unused by backward = exact", range=RANK_RANGE)
+    rank_forward: Rank = knob(0.05, "most columns of the activation basis", range=RANK_RANGE)
+    rank_backward: Rank = knob(0.12, "most columns of the gradient basis; unused by backward = exact", range=RANK_RANGE)
+    fit: Literal["metric", "weighted", "plain"] = knob(
+        "metric",
+        "activation basis: metric = least loss of the stages behind it; weighted = least error relative to each token's "
+        "rms; plain = least error",
+    )
+    fit_ridge: float = knob(0.03, "fit = metric: added to the metric, as a share of its mean eigenvalue", gt=0, le=10)
+    quantiser_forward: Quantiser = knob(
+        "uniform", "coefficients of activations: one step for all columns, bf16, or a scale a row"
+    )
+    quantiser_backward: Quantiser = knob("uniform", "the same of gradients")
+    step_forward: float = knob(
+        0.5, "quantiser_forward = uniform: its step, in coefficients of a token of rms 1", gt=0, le=64
+    )
+    step_backward: float = knob(0.5, "the same of gradients", gt=0, le=64)
+    gradient_scale: Literal["packet", "row"] = knob(
+        "packet", "quantiser_backward = uniform: steps relative to the packet's rms, or to each token's"
+    )
+    stochastic_rounding: bool = knob(False, "quantiser_backward = uniform: round gradients at random, without bias")
+    outliers: float = knob(
+        16.0, "tokens whose rms is above this many medians travel exactly, outside the fit; 0 = off", ge=0
+    )
+    reuse_deltas: bool = knob(
+        True, "on later passes over a batch only what changed travels (quantiser_forward = uniform)"
+    )
+    reuse_memory_mb: int = knob(256, "what each end of a link keeps for it, at most", unit="MiB", ge=0)
+    share_prompts: bool = knob(True, "the rows of a prompt cross once for all of its completions in a microbatch")
     backward: Literal["straight_through", "exact"] = knob(
         "straight_through", "gradients on a basis of their own, or the true gradient of the compressed network"
     )
     zstd: Literal["auto", "off"] = knob("auto", "auto = zstd where it is measured to pay")
+    bytes_per_token: float | None = knob(
+        None, "steps and ranks are steered to this cost of a token, a boundary and direction", unit="bytes", gt=0
+    )
+    target_share: float | None = knob(
+        None, "ranks are steered to this captured share, a boundary and direction", gt=0, lt=1
+    )
+    fidelity_every: int = knob(
+        0, "ticks between two probes of a few sequences, compressed against dense; 0 = never", unit="ticks", ge=0
+    )
+    fidelity_sequences: int = knob(8, "sequences of a probe", unit="sequences", ge=1)
+
+    @property
+    def steps(self) -> tuple[float, float]:
+        """The uniform quantiser's first steps, forward and backward; 0 where another quantiser is used."""
+        forward = self.step_forward if self.quantiser_forward == "uniform" else 0.0
+        return forward, self.step_backward if self.quantiser_backward == "uniform" else 0.0
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether rows of a prompt cross once for its completions: only where the links are low-rank anyway."""
+        return self.share_prompts and self.kind == "lowrank"
 
     def ranks(self, width: int) -> tuple[int, int]:
         """(rank_forward, rank_backward) as numbers of columns for a hidden width of `width`.

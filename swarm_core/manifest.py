@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from codec.spec import LinkSpec
 from swarm_core.config import RunConfig, parse_manifest
@@ -21,6 +22,7 @@ OUTSIDE_DIGEST = {
     "run": ("name", "ticks", "threads", "device"),
     "model": ("path",),  # the fingerprint stands for it
     "data": ("train", "validation"),  # where the files lie; rollouts travel with their tokens
+    "links": ("fidelity_every", "fidelity_sequences"),  # a probe moves no weight
     "sampler": None,
     "checkpoint": None,
 }
@@ -51,15 +53,26 @@ class Manifest:
     def link(self) -> LinkSpec:
         """How every boundary is crossed."""
         links = self.config.links
-        forward, backward = links.ranks(self.width) if links.kind == "lowrank" else (0, 0)
+        dtype: Literal["fp32", "fp64"] = "fp64" if self.config.run.precision == "fp64" else "fp32"
+        if links.kind != "lowrank":
+            return LinkSpec(kind=links.kind, width=self.width, zstd=links.zstd, dtype=dtype)
+        forward, backward = links.ranks(self.width)
+        uniform = links.quantiser_backward == "uniform"
         return LinkSpec(
-            kind=links.kind,
+            kind="lowrank",
             width=self.width,
             rank_forward=forward,
             rank_backward=backward,
             backward=links.backward,
             zstd=links.zstd,
-            dtype="fp64" if self.config.run.precision == "fp64" else "fp32",
+            dtype=dtype,
+            quantiser_forward=links.quantiser_forward,
+            quantiser_backward=links.quantiser_backward,
+            gradient_scale=links.gradient_scale if uniform else "row",
+            stochastic=links.stochastic_rounding and uniform,
+            exact_step=links.steps[1],
+            outliers=links.outliers,
+            reuse=links.reuse_deltas and links.quantiser_forward == "uniform",
         )
 
     def to_json(self) -> str:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from codec.spec import Direction, LinkSpec, packet_bytes
+from codec.spec import Direction, LinkSpec, largest_packet_bytes
+from swarm_core.knobs import LinksSection
 from swarm_core.learning.batch import Batch
 from swarm_core.learning.errors import MicrobatchError
 from swarm_core.wire.errors import BadFrame, ManifestMismatch, StaleEpoch
 from swarm_core.wire.frames import MAX_MESSAGE_BYTES, Frame, Header, address_of
 from swarm_core.wire.messages import Begin, Decide, FrameKind, Mode, Outcome, from_bytes
+from swarm_worker.fidelity import exact
 from swarm_worker.headers import Position, identity
-from swarm_worker.schedule import Stamp
+from swarm_worker.schedule import CROSSINGS, Stamp
 
 BATCH_LIMIT = 256 << 20  # a few million tokens
 
@@ -23,9 +25,14 @@ BATCH_LIMIT = 256 << 20  # a few million tokens
 class Admission:
     """One stage's view of what may arrive. `batches` are those announced and not yet ended."""
 
-    def __init__(self, stage: int, run: int, link: LinkSpec, position: Position, batches: dict[int, Batch]) -> None:
+    def __init__(
+        self, stage: int, run: int, link: LinkSpec, links: LinksSection, position: Position, batches: dict[int, Batch]
+    ) -> None:
         self.stage, self.run, self.epoch, self.link = stage, run, position.epoch, link
         self.batches = dict(batches)
+        self._exact = exact(link)
+        self._share = links.shares_prompts
+        self._probe_sequences = links.fidelity_sequences
         self._lineage = position.lineage  # that the next round must build on: a decision counts once it has arrived
 
     def check(self, header: Header) -> None:
@@ -41,19 +48,24 @@ class Admission:
         """The largest payload this frame may have: for a tensor, exactly what its microbatch makes it, uncompressed."""
         if header.kind is FrameKind.BATCH:
             return BATCH_LIMIT
+        if header.kind is FrameKind.RESEND:
+            return 0
         if header.kind not in (FrameKind.ACTIVATION, FrameKind.GRADIENT):
             return MAX_MESSAGE_BYTES
-        batch = self._batch(header)
+        batch, link = self._batch(header), self.link
         slice_, microbatch = header.slice, header.microbatch
         try:
-            if header.mode is not Mode.TRAIN:
+            if header.mode is Mode.PROBE:
+                link = (self.link, self._exact)[microbatch]
+                batch, slice_, microbatch = batch.probe(slice_, self._probe_sequences), 0, 0
+            elif header.mode is not Mode.TRAIN:
                 slice_, microbatch = batch.place(microbatch)
-            tokens = batch.layout(slice_, microbatch).tokens
+            rows = batch.crossing(slice_, microbatch, share=self._share).rows
         except (MicrobatchError, IndexError):
             raise BadFrame(
                 f"{header.kind.name} {header.microbatch} of slice {header.slice}: batch {header.batch} has no such one"
             ) from None
-        return packet_bytes(self.link, direction, tokens)
+        return largest_packet_bytes(link, direction, rows)
 
     def stamp(self, frame: Frame) -> Stamp:
         """The stamps of a BEGIN. Raises ManifestMismatch for another history, BadFrame for a round that cannot be."""
@@ -64,9 +76,9 @@ class Admission:
                 f"{self._lineage:016x}: they do not share a history"
             )
         counts = self._batch(h).microbatches
-        known = h.slice < len(counts)
-        if not known or begin.microbatches != (counts[h.slice] if h.mode is Mode.TRAIN else sum(counts)):
-            raise BadFrame(f"tick {h.tick}, slice {h.slice}, has {begin.microbatches} microbatches; here: {counts}")
+        if h.slice >= len(counts) or begin.microbatches != _microbatches(h.mode, counts, h.slice):
+            round_ = f"{h.mode.name} of tick {h.tick}, slice {h.slice}"
+            raise BadFrame(f"{round_}, has {begin.microbatches} microbatches; here: {counts}")
         return replace(
             identity(h),
             microbatches=begin.microbatches,
@@ -91,3 +103,12 @@ class Admission:
             raise BadFrame(
                 f"{header.kind.name} of batch {header.batch}; stage {self.stage} holds {sorted(self.batches)}"
             ) from None
+
+
+def _microbatches(mode: Mode, counts: tuple[int, ...], slice_: int) -> int:
+    """How many a round of this mode has, in a batch whose slices have `counts`."""
+    if mode is Mode.TRAIN:
+        return counts[slice_]
+    if mode is Mode.PROBE:
+        return CROSSINGS if counts[slice_] else 0
+    return sum(counts)

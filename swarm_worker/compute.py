@@ -3,13 +3,13 @@
 Every public method is one piece of work of the schedule (schedule.Op). Autograd graphs live here between a microbatch's
 forward and its backward; everything else about ordering is the schedule's.
 
-Suffixes: N real tokens of a microbatch, M its completion tokens, H hidden width, B sequences, T padded length.
+Suffixes: N real tokens of a microbatch, U those whose rows cross a link, M its completion tokens, H hidden width,
+B sequences, T padded length.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,34 +17,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codec.basis import Basis, captured_share, rms_weights, sketch
-from codec.errors import BasisMismatch, NonFiniteError
-from codec.link_codec import LinkCodec
-from codec.spec import Direction, dense_bytes
+from codec.basis import Basis
+from codec.errors import NonFiniteError
+from codec.spec import Direction
 from swarm_core.config import RunConfig
 from swarm_core.learning import optimizer as optim
 from swarm_core.learning.batch import Batch
+from swarm_core.learning.crossing import Crossing
 from swarm_core.learning.dgg import Gate, Verdict
 from swarm_core.learning.grpo import Denominators, LossSpec, grpo_loss, merge_metrics
 from swarm_core.learning.logprobs import token_logprobs
-from swarm_core.learning.microbatch import Layout, completion_rows, pack_rows, unpack_rows
+from swarm_core.learning.microbatch import completion_rows, pack_rows, unpack_rows
 from swarm_core.learning.stage import Stage
 from swarm_core.manifest import Manifest
 from swarm_core.models.reading import open_stage
 from swarm_core.wire.messages import Decide, Mode, Outcome
+from swarm_worker.fidelity import Probe
 from swarm_worker.lead import NONFINITE
-from swarm_worker.schedule import Stamp
+from swarm_worker.link_ends import Bases, LinkEnd, Packet
+from swarm_worker.schedule import COMPRESSED, Stamp
 from swarm_worker.shard import Shard, clone_all, select
+from swarm_worker.sketching import Sketcher, SketchOut
 
 KEEP_PUBLISHED = 2  # versions of weights a sampler may still be fetching
-
-
-@dataclass(frozen=True)
-class Packet:
-    """Bytes for a neighbour, and what the tensor would have cost in bf16."""
-
-    payload: bytes
-    dense_bytes: int
 
 
 @dataclass(frozen=True)
@@ -52,36 +47,18 @@ class Tally:
     """What a stage says in its vote."""
 
     norms: list[float]
-    sound: bool  # every tensor of the tick could be sent
+    fault: str  # what could not be sent, and where; empty: every tensor of the tick could be
     gated: bool
     numbers: dict[str, float]
-
-
-@dataclass(frozen=True)
-class SketchOut:
-    """One boundary's sketch V (H x r) of a window, for the anchor."""
-
-    boundary: int
-    direction: Direction
-    version: int
-    v_HR: Tensor
-
-
-@dataclass
-class _Window:
-    """A sketch under way."""
-
-    version: int  # sums against two bases would mean nothing
-    v_HR: Tensor
 
 
 @dataclass
 class _Live:
     """A microbatch between its forward and its backward."""
 
-    layout: Layout
-    entered_NH: Tensor | None  # what came over the link; its grad goes back
-    left_NH: Tensor  # what went over the next link
+    crossing: Crossing
+    entered_UH: Tensor | None  # what came over the link; its grad goes back
+    left_UH: Tensor  # what went over the next link
 
 
 def optimizer_spec(config: RunConfig) -> optim.OptimizerSpec:
@@ -133,18 +110,22 @@ class StageCompute:
             mask_truncated=g.mask_truncated,
         )
         self.gate = Gate(config.dgg.window, config.dgg.tau, config.dgg.enabled)
-        self.link = manifest.link()
-        self.above = LinkCodec(self.link)  # the link to the stage before
-        self.below = LinkCodec(self.link)
+        self.share_prompts = config.links.shares_prompts
         self.batches: dict[int, Batch] = {}
-        self.bases: dict[int, dict[tuple[int, Direction], Basis]] = {}
+        self.bases: Bases = {}
+        links = config.links
+        self.sketcher = Sketcher(links.fit, links.outliers) if config.anchor.q_cadence else None
+        ends = [None if b in (-1, manifest.boundaries) else b for b in (stage - 1, stage)]
+        self.above, self.below = (  # the links to the stage before and to the next
+            None if b is None else LinkEnd(manifest, b, self.bases, self.sketcher) for b in ends
+        )
         self.published: dict[int, dict[str, Tensor]] = {}
         self._live: dict[int, _Live] = {}
-        self._windows: dict[tuple[int, Direction], _Window] = {}
         self._metrics: list[dict[str, Any]] = []
-        self._shares: dict[tuple[int, Direction], list[tuple[float, int]]] = {}
         self._verdict: Verdict | None = None
-        self._poison: NonFiniteError | None = None
+        self._fault = ""  # the first tensor that could not be sent since the last decision
+        self._probe = Probe()
+        self._fidelity: dict[str, float] = {}  # of the last probe, for the next vote
 
     # What comes in between rounds --------------------------------------------------------------------------------------
 
@@ -154,9 +135,7 @@ class StageCompute:
     def add_bases(self, version: int, bases: dict[tuple[int, Direction], Basis]) -> None:
         """Hold a new basis version; older ones stay until no batch is pinned to them."""
         on_device = self.device.type == "cpu"  # made there, and checked once
-        self.bases[version] = {
-            key: b if on_device else Basis(version, b.q_HR.to(self.device)) for key, b in bases.items()
-        }
+        self.bases[version] = {key: b if on_device else b.to(self.device) for key, b in bases.items()}
 
     @property
     def newest_basis(self) -> int:
@@ -166,22 +145,22 @@ class StageCompute:
 
     def forward(self, stamp: Stamp, microbatch: int, packet: bytes | memoryview | None) -> Packet:
         """Forward of one microbatch; the activation for the next stage. The graph is kept for `backward`."""
-        batch = self.batches[stamp.batch]
-        layout = batch.layout(stamp.slice, microbatch)
-        entered_NH, h_BTH = self._enter(stamp, batch, stamp.slice, microbatch, packet, grad=True)
-        left_NH = pack_rows(h_BTH, layout)
-        self._live[microbatch] = _Live(layout, entered_NH, left_NH)
-        self._watch(stamp, self.span.stage, Direction.FORWARD, left_NH)
-        return self._encode(self.below, left_NH, Direction.FORWARD, stamp, self.span.stage)
+        batch, slice_, index = self._place(stamp, microbatch)
+        crossing = self._crossing(batch, slice_, index)
+        entered_UH, h_BTH = self._enter(stamp, microbatch, packet, grad=True)
+        left_UH = crossing.leaving(pack_rows(h_BTH, batch.layout(slice_, index)))
+        self._live[microbatch] = _Live(crossing, entered_UH, left_UH)
+        return self._send(self.below, left_UH, Direction.FORWARD, stamp, crossing, microbatch)
 
     def loss(self, stamp: Stamp, microbatch: int, packet: bytes | memoryview | None) -> Packet | None:
         """Last stage: forward, loss and backward of one microbatch; the gradient for the stage before, if any."""
-        batch = self.batches[stamp.batch]
-        mb = batch.microbatch(stamp.slice, microbatch).to(self.device)
-        entered_NH, h_BTH = self._enter(stamp, batch, stamp.slice, microbatch, packet, grad=True)
-        logp_M, entropy_M = self._logprobs(self.stage, h_BTH, mb.layout, mb.targets_M)
-        reference_M = batch.reference(stamp.slice, microbatch)
-        denominators = Denominators(batch.slice_tokens[stamp.slice], batch.slice_sequences[stamp.slice])
+        batch, slice_, index = self._place(stamp, microbatch)
+        mb = batch.microbatch(slice_, index).to(self.device)
+        entered_UH, h_BTH = self._enter(stamp, microbatch, packet, grad=True)
+        h_MH = completion_rows(h_BTH, mb.layout).to(self.compute_dtype)
+        logp_M, entropy_M = self._logprobs(self.stage, h_MH, mb.targets_M)
+        reference_M = batch.reference(slice_, index)
+        denominators = Denominators(batch.slice_tokens[slice_], batch.slice_sequences[slice_])
         loss, metrics = grpo_loss(
             logp_M,
             mb,
@@ -191,30 +170,51 @@ class StageCompute:
             entropy_M,
         )
         loss.backward()
-        self._metrics.append(metrics)
-        return self._return(stamp, entered_NH)
+        if stamp.mode is Mode.PROBE:
+            self._probe.keep_hidden(microbatch, h_MH)
+        else:
+            self._metrics.append(metrics)
+        return self._return(stamp, entered_UH, self._crossing(batch, slice_, index), microbatch)
 
     def backward(self, stamp: Stamp, microbatch: int, packet: bytes | memoryview) -> Packet | None:
         """Backward of one microbatch from the gradient that came; the gradient for the stage before, if any."""
         live = self._live.pop(microbatch)
-        basis = self._basis(stamp, self.span.stage, Direction.BACKWARD)
-        grad_NH = self.below.decode(packet, live.layout.tokens, Direction.BACKWARD, basis)
-        live.left_NH.backward(grad_NH.to(live.left_NH))
-        return self._return(stamp, live.entered_NH)
+        assert self.below is not None
+        grad_UH = self.below.decode(packet, Direction.BACKWARD, stamp, live.crossing, microbatch)
+        live.left_UH.backward(grad_UH.to(live.left_UH))
+        return self._return(stamp, live.entered_UH, live.crossing, microbatch)
+
+    def resend(self, stamp: Stamp, microbatch: int) -> Packet:
+        """The activation that `forward` gave, once more and without references: the next stage does not hold them."""
+        assert self.below is not None
+        return self.below.encode_whole(stamp, self._live[microbatch].crossing)
+
+    def compare(self, stamp: Stamp) -> None:
+        """The end of a probe: compare its two passes. What is found goes with the next vote."""
+        probe, self._probe = self._probe, Probe()
+        numbers = probe.compare(self.span.stage)
+        if self.span.is_last:
+            batch, slice_, index = self._place(stamp, COMPRESSED)
+            targets_M = batch.microbatch(slice_, index).targets_M.to(self.device)
+            weight_VH = self.stage.lm_head_weight.detach().to(self.compute_dtype)
+            config = self.manifest.config
+            numbers |= probe.compare_policies(weight_VH, targets_M, config.grpo.temperature, config.swarm.logprob_chunk)
+        self._fidelity = probe.report(numbers)
 
     @torch.no_grad()
     def score(self, stamp: Stamp, microbatch: int, packet: bytes | memoryview | None) -> Packet | None:
         """Forward only: old log-probs (or those of the initial weights) on the last stage, an activation elsewhere."""
-        batch = self.batches[stamp.batch]
-        slice_, index = batch.place(microbatch)
+        batch, slice_, index = self._place(stamp, microbatch)
         stage = self.stage if stamp.mode is Mode.SCORE else self.reference
         assert stage is not None, "a REFERENCE round began without a KL penalty"
-        _, h_BTH = self._enter(stamp, batch, slice_, index, packet, grad=False, stage=stage)
+        _, h_BTH = self._enter(stamp, microbatch, packet, grad=False, stage=stage)
         layout = batch.layout(slice_, index)
         if not self.span.is_last:
-            return self._encode(self.below, pack_rows(h_BTH, layout), Direction.FORWARD, stamp, self.span.stage)
+            crossing = self._crossing(batch, slice_, index)
+            left_UH = crossing.leaving(pack_rows(h_BTH, layout))
+            return self._send(self.below, left_UH, Direction.FORWARD, stamp, crossing, microbatch)
         targets_M = batch.microbatch(slice_, index).targets_M.to(self.device)
-        logp_M, _ = self._logprobs(stage, h_BTH, layout, targets_M)
+        logp_M, _ = self._logprobs(stage, completion_rows(h_BTH, layout).to(self.compute_dtype), targets_M)
         (batch.keep_old if stamp.mode is Mode.SCORE else batch.keep_reference)(slice_, index, logp_M)
         return None
 
@@ -227,11 +227,10 @@ class StageCompute:
         norms = optim.gradient_norms(self.parameters)
         numbers = merge_metrics(self._metrics)
         self._metrics = []
-        for (boundary, direction), shares in self._shares.items():
-            tokens = sum(n for _, n in shares)
-            mean = sum(share * n for share, n in shares) / max(tokens, 1)
-            numbers[f"basis/share_{direction.name.lower()}/boundary_{boundary}"] = mean
-        self._shares = {}
+        numbers |= self._fidelity
+        self._fidelity = {}
+        for end in self._ends:
+            numbers |= end.take_measures()
         gated = False
         self._verdict = None
         if self.span.is_last and stamp.microbatches > 0:
@@ -242,7 +241,7 @@ class StageCompute:
             numbers["dgg/full"] = float(self._verdict.full)
             if self._verdict.z is not None:
                 numbers["dgg/z"] = self._verdict.z
-        return Tally(norms, self._poison is None, gated, numbers)
+        return Tally(norms, self._fault, gated, numbers)
 
     def apply(self, stamp: Stamp, decide: Decide) -> list[SketchOut]:
         """Step, or leave everything as it was; then what ends with the tick. Returns sketches that are due."""
@@ -252,15 +251,23 @@ class StageCompute:
         self.optimizer.zero_grad(set_to_none=True)
         if self._verdict is not None and decide.reason != NONFINITE:
             self.gate.record(self._verdict)  # a poisoned tick says nothing about the policy
-        self._verdict, self._poison = None, None
+        self._verdict = None
+        if decide.outcome != Outcome.HOLD:
+            self._fault = ""  # one of a score pass is the next tick's
         self._live.clear()
+        for end in self._ends:
+            if decide.outcome != Outcome.HOLD:
+                end.settle(keep=decide.outcome == Outcome.COMMIT)
+            if decide.end_of_batch:
+                end.forget()
         if decide.end_of_batch:
             self.batches.pop(stamp.batch, None)
-            self.bases = {v: b for v, b in self.bases.items() if v >= stamp.basis_version}
+            for version in [v for v in self.bases if v < stamp.basis_version]:
+                del self.bases[version]
         cadence = self.manifest.config.anchor.q_cadence
         if decide.outcome == Outcome.HOLD or cadence == 0 or (stamp.tick + 1) % cadence:
             return []
-        return self._take_sketches()
+        return self.sketcher.take() if self.sketcher is not None else []
 
     # Weights and state -------------------------------------------------------------------------------------------------
 
@@ -279,19 +286,22 @@ class StageCompute:
         bases = []
         for version, held in self.bases.items():
             for (boundary, direction), basis in held.items():
-                tensors[f"basis.{version}.{boundary}.{int(direction)}"] = basis.q_HR
-                bases.append([version, boundary, int(direction)])
+                name = f"basis.{version}.{boundary}.{int(direction)}"
+                tensors |= {f"{name}.encoder": basis.encoder_HR, f"{name}.decoder": basis.decoder_RH}
+                bases.append([version, boundary, int(direction), basis.step])
         batches = []
         for number, batch in self.batches.items():
             columns = {name: value for name, value in vars(batch).items() if not name.startswith("_")}
             held = {name: value for name, value in columns.items() if isinstance(value, Tensor)}
             tensors |= {f"batch.{number}.{name}": value for name, value in held.items()}
             batches.append({n: v for n, v in columns.items() if n not in held and isinstance(v, (int, list))})
-        windows = []
-        for (boundary, direction), window in self._windows.items():
-            tensors[f"window.{boundary}.{int(direction)}"] = window.v_HR
-            windows.append([boundary, int(direction), window.version])
-        held_back = {"steps": steps, "gate": self.gate.state_dict()}
+        for end in self._ends:
+            tensors |= {f"references.{end.boundary}.{name}": tensor for name, tensor in end.references().items()}
+        windows: list[Any] = []
+        if self.sketcher is not None:
+            held, windows = self.sketcher.state()
+            tensors |= {f"window.{name}": tensor for name, tensor in held.items()}
+        held_back = {"steps": steps, "gate": self.gate.state_dict(), "fault": self._fault}
         lists = {"bases": bases, "batches": batches, "windows": windows}
         return Shard(tensors, {**meta, **held_back, **lists})
 
@@ -302,16 +312,18 @@ class StageCompute:
                 parameter.copy_(shard.tensors[name])
         optim.import_state(self.optimizer, self.names, select(shard.tensors, "optimizer"), shard.meta["steps"])
         self.gate.load_state_dict(shard.meta["gate"])
-        for version, boundary, direction in shard.meta["bases"]:
-            q_HR = shard.tensors[f"basis.{version}.{boundary}.{direction}"]
-            held = self.bases.setdefault(version, {})
-            held[(boundary, Direction(direction))] = Basis(version, q_HR.to(self.device))
+        self._fault = shard.meta["fault"]
+        for version, boundary, direction, step in shard.meta["bases"]:
+            parts = select(shard.tensors, f"basis.{version}.{boundary}.{direction}")
+            basis = Basis(version, parts["encoder"].to(self.device), parts["decoder"].to(self.device), step)
+            self.bases.setdefault(version, {})[(boundary, Direction(direction))] = basis
         for columns in shard.meta["batches"]:
             number = columns["number"]
             self.add_batch(Batch(**columns, **select(shard.tensors, f"batch.{number}")))
-        for boundary, direction, version in shard.meta["windows"]:
-            v_HR = shard.tensors[f"window.{boundary}.{direction}"].to(self.device)
-            self._windows[(boundary, Direction(direction))] = _Window(version, v_HR)
+        for end in self._ends:
+            end.load_references(select(shard.tensors, f"references.{end.boundary}"))
+        if self.sketcher is not None:
+            self.sketcher.load(select(shard.tensors, "window"), shard.meta["windows"], self.device)
 
     # Inside ------------------------------------------------------------------------------------------------------------
 
@@ -320,11 +332,19 @@ class StageCompute:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.compute_dtype)
 
+    def _place(self, stamp: Stamp, microbatch: int) -> tuple[Batch, int, int]:
+        """(batch, slice, microbatch of the slice) of a round's microbatch. A probe has a small batch of its own."""
+        batch = self.batches[stamp.batch]
+        match stamp.mode:
+            case Mode.TRAIN:
+                return batch, stamp.slice, microbatch
+            case Mode.PROBE:
+                return batch.probe(stamp.slice, self.manifest.config.links.fidelity_sequences), 0, 0
+        return batch, *batch.place(microbatch)
+
     def _enter(
         self,
         stamp: Stamp,
-        batch: Batch,
-        slice_: int,
         microbatch: int,
         packet: bytes | memoryview | None,
         *,
@@ -332,74 +352,60 @@ class StageCompute:
         stage: Stage | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         """(what came over the link as a leaf, the stage's output h_BTH)."""
-        entered_NH = None
+        entered_UH = None
+        batch, slice_, index = self._place(stamp, microbatch)
         if self.span.is_first:
-            x = batch.ids(slice_, microbatch).to(self.device)
+            x = batch.ids(slice_, index).to(self.device)
         else:
             assert packet is not None
-            layout = batch.layout(slice_, microbatch)
-            basis = self._basis(stamp, self.span.stage - 1, Direction.FORWARD)
-            rows_NH = self.above.decode(packet, layout.tokens, Direction.FORWARD, basis)
-            entered_NH = rows_NH.to(self.device, self.dtype).requires_grad_(grad)
-            x = unpack_rows(entered_NH, layout)
+            assert self.above is not None
+            crossing = self._crossing(batch, slice_, index)
+            rows_UH = self.above.decode(packet, Direction.FORWARD, stamp, crossing, microbatch)
+            entered_UH = rows_UH.to(self.device, self.dtype).requires_grad_(grad)
+            x = unpack_rows(crossing.arrived(entered_UH), batch.layout(slice_, index))
         with self._autocast():
-            return entered_NH, (stage or self.stage)(x)
+            return entered_UH, (stage or self.stage)(x)
 
-    def _logprobs(self, stage: Stage, h_BTH: Tensor, layout: Layout, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, stage: Stage, h_MH: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
         # The casts stand outside autocast: the chunked backward recomputes logits and must see the same dtypes.
-        h_MH = completion_rows(h_BTH, layout).to(self.compute_dtype)
         weight_VH = stage.lm_head_weight.to(self.compute_dtype)
         config = self.manifest.config
         return token_logprobs(h_MH, weight_VH, targets_M, config.grpo.temperature, config.swarm.logprob_chunk)
 
-    def _return(self, stamp: Stamp, entered_NH: Tensor | None) -> Packet | None:
-        if entered_NH is None:
+    def _return(self, stamp: Stamp, entered_UH: Tensor | None, crossing: Crossing, microbatch: int) -> Packet | None:
+        """After a backward: the gradient of what came over the link, for the stage before."""
+        if stamp.mode is Mode.PROBE:
+            self._probe.keep_gradient(microbatch, self.parameters)
+        if entered_UH is None:
             return None
-        assert entered_NH.grad is not None
-        boundary = self.span.stage - 1
-        self._watch(stamp, boundary, Direction.BACKWARD, entered_NH.grad)
-        return self._encode(self.above, entered_NH.grad, Direction.BACKWARD, stamp, boundary)
+        assert entered_UH.grad is not None and self.above is not None
+        self.above.watch_returned(stamp, entered_UH, entered_UH.grad)
+        return self._send(self.above, entered_UH.grad, Direction.BACKWARD, stamp, crossing, microbatch)
 
-    def _encode(self, codec: LinkCodec, x_NH: Tensor, direction: Direction, stamp: Stamp, boundary: int) -> Packet:
-        basis = self._basis(stamp, boundary, direction)
-        dense = dense_bytes(self.link.width, len(x_NH))
+    def _send(
+        self,
+        end: LinkEnd | None,
+        x_UH: Tensor,
+        direction: Direction,
+        stamp: Stamp,
+        crossing: Crossing,
+        microbatch: int,
+    ) -> Packet:
+        assert end is not None, "only a stage with a neighbour there sends"
         try:
-            return Packet(codec.encode(x_NH, direction, basis), dense)
+            return end.encode(x_UH, direction, stamp, crossing, microbatch)
         except NonFiniteError as error:
             # The pipeline must drain, so zeros travel instead; the vote carries the verdict and no stage steps.
-            self._poison = error
-            return Packet(codec.encode(torch.zeros_like(x_NH), direction, basis), dense)
+            if stamp.mode is Mode.PROBE:
+                self._probe.poisoned = True
+            elif not self._fault:
+                where = f"stage {self.span.stage}, microbatch {microbatch}, tick {stamp.tick}"
+                self._fault = f"{where} ({stamp.mode.name.lower()}): {error}"
+            return end.encode(torch.zeros_like(x_UH), direction, stamp, crossing, microbatch)
 
-    def _basis(self, stamp: Stamp, boundary: int, direction: Direction) -> Basis | None:
-        """The basis that this direction is coded in, of the version the batch is pinned to."""
-        which = self.link.basis_direction(direction)
-        if which is None:
-            return None
-        if stamp.basis_version not in self.bases:
-            raise BasisMismatch(stamp.basis_version, self.newest_basis)
-        return self.bases[stamp.basis_version][(boundary, which)]
+    def _crossing(self, batch: Batch, slice_: int, microbatch: int) -> Crossing:
+        return batch.crossing(slice_, microbatch, share=self.share_prompts)
 
-    @torch.no_grad()
-    def _watch(self, stamp: Stamp, boundary: int, direction: Direction, x_NH: Tensor) -> None:
-        """Take the captured share, and add to the sketch that the anchor will make the next basis of."""
-        if self.link.basis_direction(direction) is not direction:
-            return  # no basis, or `exact`, whose gradients travel on the activations' basis
-        basis = self._basis(stamp, boundary, direction)
-        assert basis is not None
-        rows_NH = x_NH.detach().float()
-        weights_N = rms_weights(rows_NH) if direction is Direction.FORWARD else None
-        share = float(captured_share(rows_NH, basis.q_HR, weights_N))
-        if not math.isfinite(share):
-            return
-        self._shares.setdefault((boundary, direction), []).append((share, len(rows_NH)))
-        if self.manifest.config.anchor.q_cadence == 0:
-            return
-        window = self._windows.get((boundary, direction))
-        if window is None or window.version != basis.version:
-            window = self._windows[(boundary, direction)] = _Window(basis.version, torch.zeros_like(basis.q_HR))
-        window.v_HR += sketch(rows_NH, basis.q_HR, weights_N)
-
-    def _take_sketches(self) -> list[SketchOut]:
-        out = [SketchOut(b, d, w.version, w.v_HR.cpu()) for (b, d), w in sorted(self._windows.items())]
-        self._windows = {}
-        return out
+    @property
+    def _ends(self) -> list[LinkEnd]:
+        return [end for end in (self.above, self.below) if end is not None]

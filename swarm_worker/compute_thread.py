@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from codec.errors import CodecError
+from codec.errors import CodecError, ReferenceMismatch
 from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.messages import Decide, FrameKind, Saved
 from swarm_worker.compute import SketchOut, StageCompute
 from swarm_worker.headers import Position, RoundKey
-from swarm_worker.schedule import Compute, Op, Stamp
+from swarm_worker.schedule import Compute, Lost, Op, Stamp
 from swarm_worker.shard import ShardWriter
 
 Payload = memoryview | bytes | bytearray
@@ -57,7 +57,8 @@ class ComputeThread:
         self._payloads[(key, microbatch, kind)] = payload
 
     async def run(self, command: Compute, stage_zero: dict[str, Any] | None) -> Any:
-        """Do one command; returns what the compute method returned, or `Applied`. Raises BadFrame for a bad packet.
+        """Do one command; returns what the compute method returned, `Applied`, or `Lost` for a packet that refers to what
+        is not held here. Raises BadFrame for a bad packet.
 
         `stage_zero` is what a checkpoint keeps of stage 0's lead, on stage 0 when this command saves.
         """
@@ -75,6 +76,8 @@ class ComputeThread:
             self._deliveries.popleft()()
         try:
             result = self._do(command, stage_zero)
+        except ReferenceMismatch:
+            result = Lost()
         except CodecError as error:
             where = f"stage {self.compute.span.stage}, {command.op.value} of tick {command.stamp.tick}"
             raise BadFrame(f"{where}, microbatch {command.microbatch}: {error}") from None
@@ -93,6 +96,10 @@ class ComputeThread:
                 packet = self._take(stamp, microbatch, FrameKind.GRADIENT)
                 assert packet is not None
                 return self.compute.backward(stamp, microbatch, packet)
+            case Op.RESEND:
+                return self.compute.resend(stamp, microbatch)
+            case Op.COMPARE:
+                return self.compute.compare(stamp)
             case Op.TALLY:
                 return self.compute.tally(stamp)
             case Op.APPLY:

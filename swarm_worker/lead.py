@@ -14,7 +14,7 @@ from typing import Any
 
 from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.messages import Decide, Mode, Order, Outcome
-from swarm_worker.schedule import Stamp
+from swarm_worker.schedule import CROSSINGS, Stamp
 
 # Why a tick was skipped, as the journal and the metrics say it.
 GATE, NONFINITE, NO_SIGNAL = "gate", "nonfinite", "no_signal"
@@ -31,6 +31,7 @@ class LeadPlan:
     eval_every: int
     checkpoint_every: int
     reference: bool  # a KL penalty needs log-probs of the initial weights
+    probe_every: int = 0  # ticks between probes of the links; 0: never
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class Lead:
         self.finished = False
         self._in_stock: Stock | None = None
         self._ordered: int | None = None
+        # The tick probed last. Not in the state: a probe changes nothing, and one whose tick was never decided is lost.
+        self._probed = -1
 
     # Rollouts ----------------------------------------------------------------------------------------------------------
 
@@ -165,7 +168,11 @@ class Lead:
                 s.scored = True
                 return self._stamp(Mode.SCORE, 0, 0, everything)
         pass_, index = s.plan[0]
-        return self._stamp(Mode.TRAIN, pass_, index, s.current.microbatches[index])
+        microbatches = s.current.microbatches[index]
+        if self._probed < s.tick and self.plan.probe_every and s.tick % self.plan.probe_every == 0 and microbatches:
+            self._probed = s.tick
+            return self._stamp(Mode.PROBE, pass_, index, CROSSINGS)
+        return self._stamp(Mode.TRAIN, pass_, index, microbatches)
 
     def _stamp(self, mode: Mode, pass_: int, index: int, microbatches: int) -> Stamp:
         s = self.state
@@ -188,10 +195,10 @@ class Lead:
     def decide(self, stamp: Stamp, norms: list[float], coefficient: float, gated: bool) -> Decide:
         """The outcome of a tick all stages have voted on; moves the state on. `coefficient` is the clip coefficient."""
         s = self.state
-        if stamp.microbatches == 0:
+        if not all(math.isfinite(n) for n in norms):
+            outcome, reason = Outcome.SKIP, NONFINITE  # of an empty tick: the score pass before it met NaN
+        elif stamp.microbatches == 0:
             outcome, reason = Outcome.SKIP, NO_SIGNAL
-        elif not all(math.isfinite(n) for n in norms):
-            outcome, reason = Outcome.SKIP, NONFINITE
         elif gated:
             outcome, reason = Outcome.SKIP, GATE
         else:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import importlib.metadata
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from codec.basis import Basis
-from codec.errors import CodecError
 from codec.spec import Direction
+from swarm_core.errors import KedgeError
 from swarm_core.manifest import Manifest, read_manifest
-from swarm_core.wire.errors import BadFrame, ManifestMismatch, PeerLost
+from swarm_core.wire.bases import basis_of, key_of
+from swarm_core.wire.errors import BadAddress, BadFrame, ManifestMismatch, PeerLost, WireError
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
-from swarm_core.wire.messages import BasisSet, FrameKind, Hello, Start, Stop, Welcome, from_bytes, to_bytes
+from swarm_core.wire.messages import BasisSet, FrameKind, Hello, Report, Start, Stop, Welcome, from_bytes, to_bytes
 from swarm_core.wire.streams import Dialled, dial
 
 ANCHOR_LIMITS = {FrameKind.BASIS: 1 << 30, FrameKind.WELCOME: 4 << 20}
+LAST_WORDS_S = 0.5  # between the reason of a failure and the end of the stream that carries it
 log = logging.getLogger(__name__)
 
 
@@ -37,7 +39,9 @@ class Membership:
 
 
 async def join(address: str, method: str, hello: Hello, ledger: Ledger, wait_s: float, link: str) -> Membership:
-    """Dial the anchor and take the manifest. Raises Unreachable, Refused and ManifestMismatch, each readable."""
+    """Dial the anchor and take the manifest. Raises BadAddress, Unreachable, Refused and ManifestMismatch, each readable."""
+    if "/" in address:  # a URL would be split at its last colon and dialled in vain
+        raise BadAddress(address)
     hello.versions = {name: importlib.metadata.version(name) for name in ("torch", "grpcio", "protobuf")}
 
     def waiting(waited_s: float) -> None:
@@ -78,6 +82,18 @@ async def await_start(membership: Membership, take_bases: Callable[[BasisSet], N
     raise PeerLost("the anchor closed the stream before the start")
 
 
+async def tell_failure(membership: Membership, who: str, error: Exception) -> None:
+    """Let the anchor say why this process ends: it would only see it go away. What breaks a stream, it sees itself."""
+    if isinstance(error, WireError):
+        return
+    text = str(error) if isinstance(error, KedgeError) else f"{type(error).__name__}: {error}"
+    words = {"event": "failed", "message": f"{who}: {' '.join(text.split())[:500]}"}
+    with contextlib.suppress(WireError, TimeoutError):
+        async with asyncio.timeout(LAST_WORDS_S):
+            await membership.anchor.send_report(Report("event", 0, words=words), 0)
+        await asyncio.sleep(LAST_WORDS_S)
+
+
 def read_bases(message: BasisSet, manifest: Manifest, stage: int | None = None) -> dict[tuple[int, Direction], Basis]:
     """The bases in a BASIS frame, checked against the manifest before they are used. Raises BadFrame.
 
@@ -86,22 +102,7 @@ def read_bases(message: BasisSet, manifest: Manifest, stage: int | None = None) 
     spec = manifest.link()
     near = [b for b in range(manifest.boundaries) if stage is None or b in (stage - 1, stage)]
     wanted = {(b, d) for b in near for d in Direction if spec.basis_direction(d) is d}
-    bases = {}
-    for matrix in message.matrices:
-        if matrix.direction not in (0, 1) or not 0 <= matrix.boundary < manifest.boundaries:
-            raise BadFrame(f"a basis for boundary {matrix.boundary}, direction {matrix.direction} does not exist")
-        direction = Direction(matrix.direction)
-        rank = spec.rank_forward if direction is Direction.FORWARD else spec.rank_backward
-        if (matrix.rows, matrix.columns) != (spec.width, rank) or len(matrix.values) != 4 * spec.width * rank:
-            raise BadFrame(
-                f"basis version {message.version} of boundary {matrix.boundary} is {matrix.rows} x {matrix.columns}; "
-                f"the manifest wants {spec.width} x {rank}"
-            )
-        q_HR = torch.frombuffer(bytearray(matrix.values), dtype=torch.float32).view(spec.width, rank)
-        try:
-            bases[(matrix.boundary, direction)] = Basis(message.version, q_HR)
-        except CodecError as error:
-            raise BadFrame(f"basis version {message.version} of boundary {matrix.boundary}: {error}") from None
+    bases = {key_of(m, manifest.boundaries): basis_of(m, message.version, spec) for m in message.matrices}
     if set(bases) != wanted:
         raise BadFrame(f"basis version {message.version} holds {sorted(bases)}, wanted {sorted(wanted)}")
     return bases

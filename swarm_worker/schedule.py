@@ -3,8 +3,14 @@
 No tensor, socket, clock or thread lives here. The shell (worker.py) turns frames and finished computations into events
 and carries the commands out; a simulation can do the same under a virtual clock.
 
-A *round* is a tick (mode TRAIN) or a forward-only pass over a batch (SCORE, REFERENCE). Rounds queue up in the order
-stage 0 began them; only the first is worked on, but frames of later ones may already arrive.
+A *round* is a tick (mode TRAIN), a forward-only pass over a batch (SCORE, REFERENCE), or a probe (PROBE): two
+microbatches forward and backward as in a tick, then a comparison of the two in place of vote and decision. Rounds queue
+up in the order stage 0 began them; only the first is worked on, but frames of later ones may already arrive.
+
+An activation of a tick may refer to rows that the receiver no longer holds. It then counts as not arrived, and the
+sender is asked for it whole, once. Only ticks need this: a probe and a reference pass refer to nothing, and the score
+pass makes a batch's first references. So the sender is still in that round and holds what it needs: the gradient of
+that microbatch cannot have come back, nor a vote of the receiver.
 """
 
 from __future__ import annotations
@@ -15,6 +21,10 @@ from dataclasses import dataclass, field
 
 from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.messages import Decide, Mode, Outcome
+
+# A probe's microbatches are the same few sequences twice: over the links as they are, and over exact ones.
+COMPRESSED, DENSE = 0, 1
+CROSSINGS = 2
 
 
 class ProtocolError(BadFrame):
@@ -42,6 +52,11 @@ class Stamp:
     def key(self) -> tuple[int, int, int, Mode, int]:
         return (self.epoch, self.tick, self.attempt, self.mode, self.batch)
 
+    @property
+    def with_gradients(self) -> bool:
+        """Whether microbatches go backward, too."""
+        return self.mode in (Mode.TRAIN, Mode.PROBE)
+
 
 class Op(enum.Enum):
     """A piece of work for the compute thread."""
@@ -50,6 +65,8 @@ class Op(enum.Enum):
     LOSS = "loss"  # last stage: forward, loss and backward of one microbatch
     BACKWARD = "backward"
     SCORE = "score"
+    RESEND = "resend"  # the activation of a microbatch once more, without references
+    COMPARE = "compare"  # end of a probe: the two gradients, and on the last stage the two forwards
     TALLY = "tally"  # check the accumulated gradient, merge the correction, take the norms
     APPLY = "apply"  # step, or skip, or only save
 
@@ -95,11 +112,24 @@ class Computed:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """The compute thread is free again, and has done nothing: the activation refers to rows that are not held here."""
+
+
+@dataclass(frozen=True)
+class ResendAsked:
+    """The next stage has lost what this activation refers to."""
+
+    key: tuple[int, int, int, Mode, int]
+    microbatch: int
+
+
+@dataclass(frozen=True)
 class Sent:
     """The link has taken one activation off our hands."""
 
 
-Event = Begun | ActivationCame | GradientCame | VoteCame | Decided | Computed | Sent
+Event = Begun | ActivationCame | GradientCame | VoteCame | Decided | Computed | Lost | ResendAsked | Sent
 
 
 # Commands --------------------------------------------------------------------------------------------------------------
@@ -111,6 +141,14 @@ class Compute:
     stamp: Stamp
     microbatch: int = 0
     decide: Decide | None = None
+
+
+@dataclass(frozen=True)
+class AskAgain:
+    """Ask the stage before for this activation, whole."""
+
+    stamp: Stamp
+    microbatch: int
 
 
 @dataclass(frozen=True)
@@ -127,7 +165,7 @@ class Finished:
     stamp: Stamp
 
 
-Command = Compute | CastVote | Finished
+Command = Compute | AskAgain | CastVote | Finished
 
 
 @dataclass
@@ -135,6 +173,9 @@ class _Round:
     stamp: Stamp
     activations: set[int] = field(default_factory=set)
     gradients: set[int] = field(default_factory=set)
+    lost: set[int] = field(default_factory=set)  # activations asked for again
+    asked: set[int] = field(default_factory=set)  # activations that the next stage has asked for again
+    to_resend: deque[int] = field(default_factory=deque)
     forwarded: int = 0
     backwarded: int = 0
     tallied: bool = False
@@ -179,7 +220,7 @@ class Schedule:
             return f"{where}: the vote of stage {self.stage + 1}"
         if r.forwarded < r.stamp.microbatches and r.forwarded not in r.activations:
             return f"{where}: activation {r.forwarded} of stage {self.stage - 1}"
-        if r.stamp.mode is not Mode.TRAIN:
+        if not r.stamp.with_gradients:
             return f"{where}: the link to stage {self.stage + 1}, to take an activation"
         return f"{where}: gradient {r.backwarded} of stage {self.stage + 1}"
 
@@ -193,7 +234,7 @@ class Schedule:
                 self._note(r.activations, microbatch, r.stamp.microbatches, key, "activation")
             case GradientCame(key, microbatch):
                 r = self._find(key)
-                sent = r.forwarded if r.stamp.mode is Mode.TRAIN else 0
+                sent = r.forwarded if r.stamp.with_gradients else 0
                 self._note(r.gradients, microbatch, sent, key, "gradient")
             case VoteCame(key):
                 self._vote_came(self._find(key))
@@ -201,6 +242,10 @@ class Schedule:
                 self._decided(decide, key)
             case Computed():
                 commands += self._computed()
+            case Lost():
+                commands.append(self._lost())
+            case ResendAsked(key, microbatch):
+                self._resend_asked(self._find(key), microbatch)
             case Sent():
                 self._unsent -= 1
         if self._rounds:
@@ -258,15 +303,39 @@ class Schedule:
                 return
         raise ProtocolError(f"{Outcome(decide.outcome).name} came, but no tick of stage {self.stage} has voted")
 
-    def _computed(self) -> list[Command]:
+    def _lost(self) -> AskAgain:
+        done = self._ended()
+        r = self._rounds[0]
+        if self.first or r.stamp.mode is not Mode.TRAIN or done.op not in (Op.FORWARD, Op.LOSS):
+            raise ProtocolError(f"{done.op.value} {done.microbatch} of round {r.stamp.key} refers to what is not held")
+        if done.microbatch in r.lost:
+            raise ProtocolError(f"activation {done.microbatch} of round {r.stamp.key} was lost again; it came whole")
+        r.lost.add(done.microbatch)
+        r.activations.discard(done.microbatch)
+        return AskAgain(r.stamp, done.microbatch)
+
+    def _resend_asked(self, r: _Round, microbatch: int) -> None:
+        due = r.forwarded if r.stamp.mode is Mode.TRAIN and not self.last else 0
+        self._note(r.asked, microbatch, due, r.stamp.key, "a request for activation")
+        if microbatch in r.gradients:
+            raise ProtocolError(f"activation {microbatch} of round {r.stamp.key} was asked for after its gradient came")
+        r.to_resend.append(microbatch)
+
+    def _ended(self) -> Compute:
         done, self._running = self._running, None
         if done is None:
             raise ProtocolError("a computation ended that was never started")
+        return done
+
+    def _computed(self) -> list[Command]:
+        done = self._ended()
         r = self._rounds[0]
         match done.op:
             case Op.FORWARD | Op.SCORE:
                 r.forwarded += 1
                 self._unsent += not self.last
+            case Op.RESEND:
+                self._unsent += 1
             case Op.LOSS:
                 r.forwarded += 1
                 r.backwarded += 1
@@ -274,21 +343,24 @@ class Schedule:
                 r.backwarded += 1
             case Op.TALLY:
                 r.tallied = True
-        if done.op is Op.APPLY or r.stamp.mode is not Mode.TRAIN and r.forwarded == r.stamp.microbatches:
+        scored = not r.stamp.with_gradients and r.forwarded == r.stamp.microbatches
+        if done.op in (Op.APPLY, Op.COMPARE) or scored:
             self._rounds.popleft()
             return [Finished(r.stamp)]
         return []
 
     def _next(self, r: _Round) -> Compute | None:
         s = r.stamp
+        if r.to_resend:  # first: a stage has nothing else to do until it comes
+            return Compute(Op.RESEND, s, r.to_resend.popleft())
         ready = r.forwarded < s.microbatches and r.forwarded in r.activations
         forward_ready = ready and self._unsent < self.credit
-        if s.mode is not Mode.TRAIN:
+        if not s.with_gradients:
             return Compute(Op.SCORE, s, r.forwarded) if forward_ready else None
         if r.tallied:
             return Compute(Op.APPLY, s, decide=r.decide) if r.decide is not None else None
         if r.backwarded == s.microbatches:
-            return Compute(Op.TALLY, s)
+            return Compute(Op.TALLY if s.mode is Mode.TRAIN else Op.COMPARE, s)
         if self.last:
             return Compute(Op.LOSS, s, r.forwarded) if forward_ready else None
         # 1F1B: a backward whenever one is there; at most stages - stage microbatches are between the two.

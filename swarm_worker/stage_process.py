@@ -15,7 +15,7 @@ from codec.basis import Basis
 from codec.spec import Direction
 from swarm_core.errors import UserError
 from swarm_core.models.architecture import fingerprint, read_shape, resolve
-from swarm_core.run_folder import CHECKPOINTS, JOURNAL_FILE, RECORD_FILE
+from swarm_core.run_folder import CHECKPOINTS, JOURNAL_FILE, RECORD_FILE, make_folder
 from swarm_core.wire.errors import Refused
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
@@ -32,6 +32,7 @@ from swarm_core.wire.messages import (
     from_bytes,
     to_bytes,
 )
+from swarm_core.wire.pacing import read_limits
 from swarm_core.wire.streams import Dialled, FrameStream, dial, dialable
 from swarm_worker.compute import StageCompute
 from swarm_worker.compute_thread import ComputeThread
@@ -39,7 +40,7 @@ from swarm_worker.device import pick_device
 from swarm_worker.headers import Position
 from swarm_worker.journal import Journal
 from swarm_worker.lead import LeadState
-from swarm_worker.membership import Membership, await_start, join, read_bases
+from swarm_worker.membership import Membership, await_start, join, read_bases, tell_failure
 from swarm_worker.sampler.replay import ReplayWriter, cut_record
 from swarm_worker.service import StageService
 from swarm_worker.shard import Shard, ShardError, ShardWriter, read_shard, shard_name
@@ -62,6 +63,7 @@ class StageArguments:
     model: str | None = None
     expect_digest: str = ""
     wait_s: float = 60.0
+    limit_mbps: str | None = None
 
 
 async def hold_stage(arguments: StageArguments, *, signals: bool = True) -> None:
@@ -84,16 +86,19 @@ class StageProcess:
         self.worker: StageWorker | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self.service = StageService(arguments.stage, self.ledger, self._serve_above, self._take_rollouts)
+        self.limits = self.service.server.limits = read_limits(arguments.limit_mbps)
 
     async def run(self) -> None:
         """Join, work until the run ends, leave. Raises typed errors with one readable line."""
         a = self.arguments
         membership, below = None, None
         try:
+            make_folder(a.out)
             address = await self.service.server.start(a.listen)
             hello = Hello(role="stage", stage=a.stage, address=a.advertise or dialable(address))
             hello.manifest_digest = a.expect_digest
             membership = await join(a.anchor, "Anchor/Attend", hello, self.ledger, a.wait_s, f"anchor-stage{a.stage}")
+            membership.anchor.pace(self.limits)
             compute = await self._load(membership)
             start = await await_start(membership, lambda m: compute.add_bases(m.version, self._bases(membership, m)))
             if start is None:
@@ -103,9 +108,15 @@ class StageProcess:
             if self._signals:
                 self._on_signals(self.worker)
             self.worker.spawn(self.worker.read_anchor(membership.anchor))
+            if below is not None:
+                self.worker.spawn(below.keep_warm(self.worker.over))
             self.service.open(membership.digest)
             log.info("the run is over: %s", await self.worker.run())
             await membership.anchor.finish()
+        except Exception as error:
+            if membership is not None and self.worker is None:  # a worker's streams have ended with it
+                await tell_failure(membership, f"stage {a.stage}", error)
+            raise
         finally:
             for stream in (below, membership.anchor if membership is not None else None):
                 if stream is not None:
@@ -151,7 +162,7 @@ class StageProcess:
             return None
         address = start.stage_addresses[stage + 1]
         below = await dial(address, "Stage/Link", self.ledger, f"stage {stage + 1}", NEIGHBOUR_WAIT_S)
-        below.name(f"stage{stage}-stage{stage + 1}", "down")
+        below.name(f"stage{stage}-stage{stage + 1}", "down").pace(self.limits)
         hello = Hello(role="link", stage=stage, manifest_digest=membership.digest)
         await below.send(Frame(Header(FrameKind.HELLO, membership.run), to_bytes(hello)))
         from_bytes(Welcome, (await below.expect(FrameKind.WELCOME)).payload)
@@ -180,7 +191,8 @@ class StageProcess:
         zero = None
         if a.stage == 0:
             zero = self._stage_zero(membership, compute, state, stats, resumed=bool(start.checkpoint))
-        shards = ShardWriter(a.out, a.stage, membership.manifest.stages, membership.digest, saved)
+        keep = membership.manifest.config.checkpoint.keep
+        shards = ShardWriter(a.out, a.stage, membership.manifest.stages, membership.digest, saved, keep)
         work = ComputeThread(compute, self._thread, shards, position)
         return StageWorker(membership, work, self.service, below, zero)
 
@@ -222,6 +234,7 @@ class StageProcess:
 
     async def _serve_above(self, stream: FrameStream) -> None:
         assert self.worker is not None, "the service opens after the worker stands"
+        self.worker.spawn(stream.keep_warm(self.worker.over))
         await self.worker.serve_above(stream)
 
     def _take_rollouts(self, message: Rollouts) -> None:

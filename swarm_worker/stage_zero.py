@@ -5,6 +5,7 @@ The policy is lead.py; this file joins it to data. No socket here: the worker se
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from typing import Any
@@ -20,10 +21,13 @@ from swarm_core.manifest import Manifest
 from swarm_core.run_folder import checkpoint_name
 from swarm_core.wire.messages import Decide, Order, Outcome, Report, StageVote
 from swarm_worker.compute import optimizer_spec
+from swarm_worker.fidelity import POISONED, PREFIX
 from swarm_worker.journal import Journal
 from swarm_worker.lead import Lead, LeadPlan, LeadState, Stock
 from swarm_worker.sampler.replay import ReplayWriter
 from swarm_worker.schedule import ProtocolError, Stamp
+
+log = logging.getLogger(__name__)
 
 
 def lead_plan(manifest: Manifest) -> LeadPlan:
@@ -37,6 +41,7 @@ def lead_plan(manifest: Manifest) -> LeadPlan:
         eval_every=config.sampler.eval_every if config.data.validation else 0,
         checkpoint_every=config.checkpoint.every,
         reference=config.grpo.kl_beta > 0,
+        probe_every=config.links.fidelity_every if manifest.boundaries else 0,
     )
 
 
@@ -97,7 +102,13 @@ class StageZero:
             tokens.append(stats.denominators.tokens)
             sequences.append(stats.denominators.sequences)
         batch = make_batch(
-            rollouts.batch, rollouts.weight_version, samples, tokens, sequences, config.swarm.microbatch_size
+            rollouts.batch,
+            rollouts.weight_version,
+            samples,
+            tokens,
+            sequences,
+            config.swarm.microbatch_size,
+            keep_groups=config.links.shares_prompts,
         )
         self.lead.accept(Stock(batch.number, batch.weight_version, batch.microbatches))
         self._stock, self._rollouts = batch, rollouts
@@ -117,7 +128,6 @@ class StageZero:
         assert batch is not None
         if self._record is not None and self._rollouts is not None:
             self._record.append(self._rollouts)  # exactly the batches that are trained on, in order
-        batch.basis_version = self.lead.state.basis_version
         self._stats = {n: s for n, s in self._stats.items() if n >= batch.number}
         return batch, None
 
@@ -131,7 +141,10 @@ class StageZero:
         coefficient = optim.clip_coefficient(norms, self.manifest.config.optimizer.max_grad_norm, self._dtype)
         age = self.lead.age
         decide = self.lead.decide(stamp, [*norms, total], coefficient, gated)
-        self._journal.write(stamp, decide, total)
+        fault = _fault(stamp, votes)
+        if fault:
+            log.warning("tick %d is skipped: %s", stamp.tick, fault)
+        self._journal.write(stamp, decide, total, fault)
         now = time.monotonic()
         tick_s, self._last_decision = now - self._last_decision, now
         numbers: dict[str, float] = {
@@ -153,7 +166,11 @@ class StageZero:
         numbers |= self._stats.get(stamp.batch, {})
         for vote in votes:
             numbers |= vote.numbers
+        if POISONED in numbers:  # zeros travelled on from there, so what other stages compared means nothing
+            numbers = {n: value for n, value in numbers.items() if n == POISONED or not n.startswith(PREFIX)}
         words = {"outcome": Outcome(decide.outcome).name.lower(), "skip_reason": decide.reason}
+        if fault:
+            words["fault"] = fault
         return decide, Report(type="tick", tick=stamp.tick, numbers=numbers, words=words)
 
     def state(self) -> dict[str, Any]:
@@ -162,3 +179,16 @@ class StageZero:
 
     def _event(self, name: str, message: str) -> Report:
         return Report(type="event", tick=self.lead.state.tick, words={"event": name, "message": message})
+
+
+def _fault(stamp: Stamp, votes: list[StageVote]) -> str:
+    """Where NaN or Inf was caught in a tick, in words: by a sender, or else in a gradient. Empty: nowhere."""
+    said = [vote.fault or f"stage {vote.stage}, tick {stamp.tick}: not ready" for vote in votes if not vote.ready]
+    if said:
+        return "; ".join(said)
+    for vote in votes:
+        bad = [i for i, norm in enumerate(vote.norms) if not math.isfinite(norm)]
+        if bad:
+            several = f"{len(bad)} of {len(vote.norms)} tensors, the first number {bad[0]}"
+            return f"stage {vote.stage}, tick {stamp.tick}: the gradient is not finite in {several}"
+    return ""

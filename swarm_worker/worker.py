@@ -2,8 +2,7 @@
 
 One asyncio thread moves frames and decides; one compute thread moves tensors. Neither waits for the other: what is to
 be sent is posted to an outbox, what is to be computed is handed to the compute thread, and both come back as events.
-Joining and starting are in stage_process.py; what stage 0 decides is in
-stage_zero.py.
+Joining and starting are in stage_process.py; what stage 0 decides is in stage_zero.py.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from typing import Any
 
 from codec.spec import Direction
 from swarm_core.learning.errors import LearningError
+from swarm_core.wire.bases import matrix_of
 from swarm_core.wire.errors import BadFrame, PeerLost
 from swarm_core.wire.frames import Frame, Header, address_of
 from swarm_core.wire.messages import (
-    BasisMatrix,
     BasisSet,
     BatchData,
     Begin,
@@ -32,7 +31,6 @@ from swarm_core.wire.messages import (
     Report,
     Rollouts,
     Sketch,
-    StageVote,
     Stop,
     Vote,
     from_bytes,
@@ -42,12 +40,13 @@ from swarm_core.wire.outbox import Outbox
 from swarm_core.wire.rollouts import batch_data, read_batch, read_rollouts
 from swarm_core.wire.streams import FrameStream
 from swarm_worker.admission import Admission
-from swarm_worker.compute import Packet, Tally
+from swarm_worker.compute import Packet
 from swarm_worker.compute_thread import Applied, ComputeThread
 from swarm_worker.headers import Position, header_of, key
 from swarm_worker.membership import Membership, read_bases
 from swarm_worker.schedule import (
     ActivationCame,
+    AskAgain,
     Begun,
     CastVote,
     Compute,
@@ -56,7 +55,9 @@ from swarm_worker.schedule import (
     Event,
     Finished,
     GradientCame,
+    Lost,
     Op,
+    ResendAsked,
     Schedule,
     Sent,
     Stamp,
@@ -64,6 +65,7 @@ from swarm_worker.schedule import (
 )
 from swarm_worker.service import StageService
 from swarm_worker.stage_zero import StageZero
+from swarm_worker.voting import Ballot
 
 log = logging.getLogger(__name__)
 FLUSH_S = 10.0  # for the last report
@@ -89,20 +91,21 @@ class StageWorker:
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.schedule = Schedule(self.span.stage, self.span.stages)
         compute = work.compute
-        self.admission = Admission(self.span.stage, self.run_id, compute.link, work.position, compute.batches)
+        links = self.manifest.config.links
+        self.admission = Admission(
+            self.span.stage, self.run_id, self.manifest.link(), links, work.position, compute.batches
+        )
         self.anchor = Outbox(membership.anchor)
         self.above: Outbox | None = None
         self.below = Outbox(below) if below is not None else None
         # Activations received but not yet computed on; beyond it the reader stops, and with it the sender's window.
         self._room = asyncio.Semaphore(4 * self.span.stages)
-        self._tally: Tally | None = None
-        self._downstream: Vote | None = None
+        self._ballot = Ballot(self.span.stage)
         self._round_active = False
         self._finished = False  # the last decision has been applied
         # The newest version that every stage has voted to hold; before the first vote our own, as START follows BASIS.
         self._basis_held = compute.newest_basis
         self._tasks: set[asyncio.Task[None]] = set()
-        self._vote_at = time.monotonic()
         self.progress_at = time.monotonic()
 
     @property
@@ -220,8 +223,10 @@ class StageWorker:
             case FrameKind.GRADIENT:
                 self.work.put(key(frame.header), frame.header.microbatch, FrameKind.GRADIENT, frame.payload)
                 self.drive(GradientCame(key(frame.header), frame.header.microbatch))
+            case FrameKind.RESEND:
+                self.drive(ResendAsked(key(frame.header), frame.header.microbatch))
             case FrameKind.VOTE:
-                self._downstream = from_bytes(Vote, frame.payload)
+                self._ballot.came(from_bytes(Vote, frame.payload))
                 self.drive(VoteCame(key(frame.header)))
             case kind:
                 raise BadFrame(f"stage {self.span.stage + 1} sent {kind.name} up the link")
@@ -232,7 +237,8 @@ class StageWorker:
             match frame.header.kind:
                 case FrameKind.BASIS:
                     message = from_bytes(BasisSet, frame.payload)
-                    bases = read_bases(message, self.manifest, self.span.stage)
+                    # On a thread of its own: to check a wide basis takes up to a second, and frames must not wait.
+                    bases = await asyncio.to_thread(read_bases, message, self.manifest, self.span.stage)
                     self.work.deliver(partial(self.work.compute.add_bases, message.version, bases))
                 case FrameKind.STOP:
                     stop = from_bytes(Stop, frame.payload)
@@ -275,6 +281,8 @@ class StageWorker:
             match command:
                 case Compute():
                     self.spawn(self._compute(command))
+                case AskAgain(stamp, microbatch):
+                    self._ask_again(stamp, microbatch)
                 case CastVote(stamp):
                     self._cast_vote(stamp)
                 case Finished():
@@ -287,17 +295,17 @@ class StageWorker:
         result = await self.work.run(command, self.zero.state() if self.zero is not None and saving else None)
         stamp = command.stamp
         match command.op:
-            case Op.FORWARD | Op.SCORE | Op.LOSS | Op.BACKWARD:
-                if not self.span.is_first and command.op is not Op.BACKWARD:
+            case Op.FORWARD | Op.SCORE | Op.LOSS | Op.BACKWARD | Op.RESEND:
+                if not self.span.is_first and command.op not in (Op.BACKWARD, Op.RESEND):
                     self._room.release()
                 if isinstance(result, Packet):
-                    self._send_packet(command, result)
+                    await self._send_packet(command, result).room()  # no further work until the link has taken enough
             case Op.TALLY:
-                self._tally = result
+                self._ballot.tallied(result)
             case Op.APPLY:
                 assert command.decide is not None
                 await self._applied(stamp, command.decide, result)
-        self.drive(Computed())
+        self.drive(result if isinstance(result, Lost) else Computed())
 
     async def _applied(self, stamp: Stamp, decide: Decide, done: Applied) -> None:
         self._finished = decide.stop
@@ -308,10 +316,9 @@ class StageWorker:
             published = self.work.compute.published
             await self.service.publish(tick, published[tick], set(published))
         for sketch in done.sketches:
-            values = sketch.v_HR.contiguous().numpy().tobytes()
-            rows, columns = sketch.v_HR.shape
-            matrix = BasisMatrix(sketch.boundary, int(sketch.direction), rows, columns, values)
-            message = Sketch(sketch.version, stamp.tick, matrix)
+            matrix = matrix_of((sketch.boundary, sketch.direction), sketch.v_HR)
+            numbers = (sketch.part, sketch.trace, sketch.rows_seen, sketch.packet_bytes)
+            message = Sketch(sketch.version, stamp.tick, matrix, *numbers)
             self.anchor.post(Frame(Header(FrameKind.SKETCH, self.run_id, tick=stamp.tick), to_bytes(message)))
         order = None
         if decide.stop and self.zero is not None:
@@ -326,17 +333,8 @@ class StageWorker:
     # Votes and what stage 0 leads --------------------------------------------------------------------------------------
 
     def _cast_vote(self, stamp: Stamp) -> None:
-        assert self._tally is not None
-        numbers = dict(self._tally.numbers)
-        now = time.monotonic()
-        wall, self._vote_at = now - self._vote_at, now
-        busy, self.work.busy_s = self.work.busy_s, 0.0
-        numbers[f"busy_s/stage_{self.span.stage}"] = busy
-        numbers[f"wait_s/stage_{self.span.stage}"] = max(0.0, wall - busy)
-        own = StageVote(self.span.stage, self._tally.sound, self.work.compute.newest_basis, self._tally.norms, numbers)
-        down = self._downstream or Vote()
-        vote = Vote([own, *down.votes], self._tally.gated or down.gated)
-        self._tally, self._downstream = None, None
+        busy_s, self.work.busy_s = self.work.busy_s, 0.0
+        vote = self._ballot.cast(self.work.compute.newest_basis, busy_s)
         if self.zero is None:
             assert self.above is not None
             header = header_of(FrameKind.VOTE, self.run_id, stamp, self.span.stage - 1)
@@ -389,7 +387,13 @@ class StageWorker:
 
     # Frames out --------------------------------------------------------------------------------------------------------
 
-    def _send_packet(self, command: Compute, packet: Packet) -> None:
+    def _ask_again(self, stamp: Stamp, microbatch: int) -> None:
+        """This activation refers to rows of an earlier pass that are not held here: the sender is to send it whole."""
+        assert self.above is not None
+        log.warning("stage %d: activation %d of tick %d is asked for whole", self.span.stage, microbatch, stamp.tick)
+        self.above.post(Frame(header_of(FrameKind.RESEND, self.run_id, stamp, self.span.stage - 1, microbatch)))
+
+    def _send_packet(self, command: Compute, packet: Packet) -> Outbox:
         up = command.op in (Op.LOSS, Op.BACKWARD)
         kind = FrameKind.GRADIENT if up else FrameKind.ACTIVATION
         receiver = self.span.stage - 1 if up else self.span.stage + 1
@@ -398,9 +402,10 @@ class StageWorker:
         if up:
             assert self.above is not None
             self.above.post(frame)
-        else:
-            assert self.below is not None
-            self.below.post(frame, sent=lambda: self.drive(Sent()))
+            return self.above
+        assert self.below is not None
+        self.below.post(frame, sent=lambda: self.drive(Sent()))
+        return self.below
 
     def _post_below(self, frame: Frame) -> None:
         """To the next stage, if there is one, readdressed on the way."""

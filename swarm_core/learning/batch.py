@@ -8,12 +8,13 @@ of exactly 1. Suffixes: M completion tokens of all sequences of the batch, one a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from swarm_core.learning.crossing import Crossing, crossing
 from swarm_core.learning.errors import MicrobatchError
 from swarm_core.learning.microbatch import Layout, Microbatch, Sample, from_columns, pad_ids
 
@@ -22,14 +23,15 @@ from swarm_core.learning.microbatch import Layout, Microbatch, Sample, from_colu
 class Batch:
     """The columns of a batch. Only sequences with signal are in it; the denominators count the others too.
 
-    `slices` are the first sequences of each slice and the end. `ids_N` (all tokens, unpadded) is on stage 0 alone;
-    `old_logprobs_M` and `reference_logprobs_M` fill up on the last stage during the forward-only rounds.
+    `slices` are the first sequences of each slice and the end; `prompts` number the prompts, equal ones alike. `ids_N`
+    (all tokens, unpadded) is on stage 0 alone; `old_logprobs_M` and `reference_logprobs_M` fill up on the last stage
+    during the forward-only rounds.
     """
 
     number: int
     weight_version: int
-    basis_version: int
     microbatch_size: int
+    prompts: list[int]
     prompt_lengths: list[int]
     completion_lengths: list[int]
     slices: list[int]
@@ -46,7 +48,7 @@ class Batch:
     def __post_init__(self) -> None:
         sequences = len(self.prompt_lengths)
         if not (
-            len(self.completion_lengths) == len(self.advantages) == sequences
+            len(self.completion_lengths) == len(self.advantages) == len(self.prompts) == sequences
             and self.slices
             and self.slices[0] == 0
             and self.slices[-1] == sequences
@@ -54,6 +56,8 @@ class Batch:
             and len(self.slice_tokens) == len(self.slice_sequences) == len(self.slices) - 1
         ):
             raise MicrobatchError("batch", f"columns of batch {self.number} do not fit together")
+        if len(set(zip(self.prompts, self.prompt_lengths, strict=True))) != len(set(self.prompts)):
+            raise MicrobatchError("prompts", f"batch {self.number}: one prompt has two lengths")
         tokens = sum(self.completion_lengths)
         for name in ("targets_M", "sampler_logprobs_M", "active_M"):
             if getattr(self, name).numel() != tokens:
@@ -65,6 +69,10 @@ class Batch:
         size = self.microbatch_size
         bounds = zip(self.slices, self.slices[1:], strict=False)
         return [[range(a, min(a + size, end)) for a in range(start, end, size)] for start, end in bounds]
+
+    @cached_property
+    def _crossings(self) -> dict[tuple[int, int, bool], Crossing]:
+        return {}
 
     @cached_property
     def _ends_M(self) -> list[int]:
@@ -93,6 +101,15 @@ class Batch:
         rows = self._ranges[slice_][microbatch]
         return Layout(tuple(self.prompt_lengths[i] for i in rows), tuple(self.completion_lengths[i] for i in rows))
 
+    def crossing(self, slice_: int, microbatch: int, *, share: bool) -> Crossing:
+        """Which rows of one microbatch cross a link; `share`: those of a prompt once for all its completions."""
+        key = (slice_, microbatch, share)
+        if key not in self._crossings:
+            rows = self._ranges[slice_][microbatch]
+            prompts = self.prompts[rows.start : rows.stop]
+            self._crossings[key] = crossing(self.layout(slice_, microbatch), rows, prompts, share=share)
+        return self._crossings[key]
+
     def ids(self, slice_: int, microbatch: int) -> Tensor:
         """ids_BT, right-padded (stage 0)."""
         if self.ids_N is None:
@@ -120,6 +137,41 @@ class Batch:
             return None
         return self.reference_logprobs_M[self._span_M(slice_, microbatch)]
 
+    def probe(self, slice_: int, sequences: int) -> Batch:
+        """A batch of its own, one slice and one microbatch, out of sequences spread evenly over a slice.
+
+        Evenly, as a slice is in order of length. Its denominators are its own. Raises MicrobatchError for a slice
+        without sequences.
+        """
+        first, end = self.slices[slice_], self.slices[slice_ + 1]
+        n = min(sequences, end - first)
+        if n < 1:
+            raise MicrobatchError("probe", f"got {sequences} of {end - first} sequences of slice {slice_}, wanted one")
+        picked = [first + (2 * i + 1) * (end - first) // (2 * n) for i in range(n)]
+
+        def taken(column: Tensor, ends: list[int]) -> Tensor:
+            return torch.cat([column[ends[i] : ends[i + 1]] for i in picked])
+
+        old_M, reference_M = self.old_logprobs_M, self.reference_logprobs_M
+        active_M = taken(self.active_M, self._ends_M)
+        return replace(
+            self,
+            microbatch_size=n,
+            prompts=[self.prompts[i] for i in picked],
+            prompt_lengths=[self.prompt_lengths[i] for i in picked],
+            completion_lengths=[self.completion_lengths[i] for i in picked],
+            slices=[0, n],
+            targets_M=taken(self.targets_M, self._ends_M),
+            advantages=[self.advantages[i] for i in picked],
+            sampler_logprobs_M=taken(self.sampler_logprobs_M, self._ends_M),
+            active_M=active_M,
+            slice_tokens=[int(active_M.sum())],
+            slice_sequences=[n],
+            ids_N=None if self.ids_N is None else taken(self.ids_N, self._ends_N),
+            old_logprobs_M=None if old_M is None else taken(old_M, self._ends_M),
+            reference_logprobs_M=None if reference_M is None else taken(reference_M, self._ends_M),
+        )
+
     def keep_old(self, slice_: int, microbatch: int, logprobs_M: Tensor) -> None:
         """Store the score pass' log-probs of one microbatch."""
         if self.old_logprobs_M is None:
@@ -144,12 +196,18 @@ def make_batch(
     slice_tokens: Sequence[int],
     slice_sequences: Sequence[int],
     microbatch_size: int,
+    *,
+    keep_groups: bool = False,
 ) -> Batch:
     """Stage 0's batch out of samples with signal, slice by slice.
 
-    Within a slice sequences are ordered by length (a stable sort), so that a microbatch has little padding.
+    Within a slice sequences are ordered by length (a stable sort), so that a microbatch has little padding. With
+    `keep_groups` it is whole groups that are ordered, by their longest member: more padding, and more rows that
+    `crossing` can share.
     """
-    ordered = [sorted(part, key=lambda s: s.prompt_ids.numel() + s.completion_ids.numel()) for part in slices]
+    numbers: dict[bytes, int] = {}
+    prompt_of = {id(s): numbers.setdefault(s.prompt_ids.numpy().tobytes(), len(numbers)) for p in slices for s in p}
+    ordered = [_by_length(part, prompt_of if keep_groups else None) for part in slices]
     samples = [sample for part in ordered for sample in part]
     ends = [0]
     for part in ordered:
@@ -162,8 +220,8 @@ def make_batch(
     return Batch(
         number=number,
         weight_version=weight_version,
-        basis_version=0,
         microbatch_size=microbatch_size,
+        prompts=[prompt_of[id(s)] for s in samples],
         prompt_lengths=[s.prompt_ids.numel() for s in samples],
         completion_lengths=[s.completion_ids.numel() for s in samples],
         slices=ends,
@@ -175,3 +233,15 @@ def make_batch(
         slice_sequences=list(slice_sequences),
         ids_N=joined([ids for s in samples for ids in (s.prompt_ids, s.completion_ids)], torch.int64),
     )
+
+
+def _by_length(samples: Sequence[Sample], prompt_of: dict[int, int] | None) -> list[Sample]:
+    """Shortest first; with `prompt_of`, groups of one prompt stay together."""
+    length = {id(s): s.prompt_ids.numel() + s.completion_ids.numel() for s in samples}
+    if prompt_of is None:
+        return sorted(samples, key=lambda s: length[id(s)])
+    longest: dict[int, int] = {}
+    for s in samples:
+        p = prompt_of[id(s)]
+        longest[p] = max(longest.get(p, 0), length[id(s)])
+    return sorted(samples, key=lambda s: (longest[prompt_of[id(s)]], prompt_of[id(s)]))

@@ -159,12 +159,13 @@ def to_samples(batch: RolloutBatch, spec: LossSpec) -> tuple[list[Sample], Rollo
 def reward_metrics(batch: RolloutBatch, groups: GroupAdvantages | None = None) -> dict[str, float]:
     """Rewards and lengths of a batch or slice under TRL's names (lengths in tokens, standard deviations with ddof=1).
 
+    Without any reward their mean is NaN, not 0: "nobody answered" must not look like "all wrong".
     `frac_reward_zero_std` is the share of groups without variance, `completions/clipped_ratio` of completions cut at
     the limit, `rewards/failed` the number of completions without a reward.
     """
     groups = groups or group_advantages([c.reward for c in batch.completions], batch.group_size)
     known = [c.reward for c in batch.completions if c.reward is not None]
-    mean, std = mean_and_std(known)
+    mean, std = mean_and_std(known) if known else (math.nan, math.nan)
     lengths = [len(c.completion_ids) for c in batch.completions]
     ended = [len(c.completion_ids) for c in batch.completions if not c.truncated] or [0]
     metrics = {

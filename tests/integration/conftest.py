@@ -120,6 +120,18 @@ def recipe(tmp_path: Path) -> Callable[..., Recipe]:
     return make
 
 
+async def served(arguments: ServeArguments) -> str:
+    """An anchor of its own: a stage that fails here does not cancel it while it says goodbye to the others."""
+    task = asyncio.create_task(serve(arguments, signals=False))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task}, timeout=1.0)
+        task.cancel()  # it waited for a sampler, say
+        await asyncio.wait({task})
+        raise
+
+
 async def swarm(
     run_file: Path,
     out: Path,
@@ -133,7 +145,7 @@ async def swarm(
     (out / ADDRESS_FILE).unlink(missing_ok=True)
     arguments = ServeArguments(config, run_file, "127.0.0.1:0", out, resume)
     async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
-        ending = tasks.create_task(serve(arguments, signals=False))
+        ending = tasks.create_task(served(arguments))
         while not (out / ADDRESS_FILE).exists():
             if ending.done():
                 return ending.result()
@@ -145,6 +157,11 @@ async def swarm(
         if during is not None:
             tasks.create_task(during(address))
     return ending.result()
+
+
+@pytest.fixture
+def anchor() -> Callable[[ServeArguments], Coroutine[Any, Any, str]]:
+    return served
 
 
 @pytest.fixture

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from codec.spec import Direction, LinkSpec, dense_bytes, packet_bytes
+from codec.spec import Direction, LinkSpec, dense_bytes, largest_packet_bytes, packet_bytes
 from swarm_core.wire.frames import Assembler, message_bytes
 from swarm_core.wire.rollouts import batch_data_bytes
+from swarm_worker.link_ends import LinkEnd, Packet
+from swarm_worker.schedule import Stamp
 from swarm_worker.shard import read_shard, shard_name
 
 Recipe = Any
@@ -98,26 +100,41 @@ def test_a_tensor_that_cannot_be_sent_skips_the_tick_everywhere(
         assert same(learned(out, bad[0]["tick"], stage), learned(out, bad[0]["tick"] + 1, stage))
 
 
-def expected_links(
-    record: Path, lines: list[dict[str, Any]], spec: LinkSpec, size: int = 8
-) -> dict[tuple[int, str], list[int]]:
-    """(tick, kind) -> [dense, packet, message, frames] of one link, from shapes alone."""
+Sums = dict[tuple[int, str], list[int]]
+COLUMNS = ("dense_bytes", "packet_bytes", "message_bytes", "frames")
+UNROUNDED = {"quantiser_forward": "bf16", "quantiser_backward": "bf16", "outliers": 0.0}
+RANKS = {"rank_forward": 6, "rank_backward": 11}
+
+
+def expected_links(record: Path, lines: list[dict[str, Any]], spec: LinkSpec, share: bool, size: int = 8) -> Sums:
+    """(tick, kind) -> COLUMNS of one link, from shapes alone; `share`: the rows of a prompt cross once a microbatch."""
     by_batch = defaultdict(list)
     for line in record.read_text().splitlines():
         by_batch[json.loads(line)["batch"]].append(json.loads(line))
-    sums: dict[tuple[int, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    sums: Sums = defaultdict(lambda: [0, 0, 0, 0])
 
-    def add(tick: int, kind: str, rows: int, direction: Direction) -> None:
-        packet = packet_bytes(spec, direction, rows)
-        for i, value in enumerate((dense_bytes(spec.width, rows), packet, message_bytes(packet), 1)):
+    def add(tick: int, kind: str, rows: tuple[int, int], direction: Direction) -> None:
+        packet = packet_bytes(spec, direction, rows[1])
+        for i, value in enumerate((dense_bytes(spec.width, rows[0]), packet, message_bytes(packet), 1)):
             sums[(tick, kind)][i] += value
 
-    def microbatches(batch: int, half: int) -> list[int]:
-        rollouts = by_batch[batch][half * 16 : half * 16 + 16]
-        groups = [rollouts[i : i + 4] for i in range(0, 16, 4)]
-        kept = [c for g in groups if len({c["reward"] for c in g}) > 1 for c in g]
-        lengths = sorted(len(c["prompt_ids"]) + len(c["completion_ids"]) for c in kept)
-        return [sum(lengths[i : i + size]) for i in range(0, len(lengths), size)]
+    def length(c: dict[str, Any]) -> int:
+        return len(c["prompt_ids"]) + len(c["completion_ids"])
+
+    def microbatches(batch: int, half: int) -> list[tuple[int, int]]:
+        """(all rows, rows that cross) of each."""
+        groups = [by_batch[batch][i : i + 4] for i in range(half * 16, half * 16 + 16, 4)]
+        groups = [g for g in groups if len({c["reward"] for c in g}) > 1]
+        if share:
+            kept = [c for g in sorted(groups, key=lambda g: max(map(length, g))) for c in g]
+        else:
+            kept = sorted((c for g in groups for c in g), key=length)
+        counts = []
+        for part in (kept[i : i + size] for i in range(0, len(kept), size)):
+            prompts = {tuple(c["prompt_ids"]) for c in part}
+            once = sum(map(len, prompts)) + sum(len(c["completion_ids"]) for c in part)
+            counts.append((sum(map(length, part)), once if share else sum(map(length, part))))
+        return counts
 
     scored = set()
     for line in lines:
@@ -132,9 +149,33 @@ def expected_links(
     return dict(sums)
 
 
-@pytest.mark.parametrize("kind", ["identity", "none", "lowrank"])
+def links_in_ledger(out: Path, link: str) -> Sums:
+    sums: Sums = defaultdict(lambda: [0, 0, 0, 0])
+    with (out / "ledger.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["link"] == link and row["kind"] in ("activation", "gradient"):
+                assert row["direction"] == ("down" if row["kind"] == "activation" else "up")
+                for i, column in enumerate(COLUMNS):
+                    sums[(int(row["tick"]), row["kind"])][i] += int(row[column])
+    return dict(sums)
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        {"kind": "identity"},
+        {"kind": "none"},
+        {"kind": "lowrank", **RANKS, **UNROUNDED, "share_prompts": False},
+        {"kind": "lowrank", **RANKS, **UNROUNDED, "share_prompts": True},
+    ],
+    ids=["identity", "none", "every-row", "prompts-once"],
+)
 def test_ledger_equals_what_shapes_say_and_what_was_received(
-    kind: str, recipe: Callable[..., Recipe], run_swarm: Swarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    links: dict[str, Any],
+    recipe: Callable[..., Recipe],
+    run_swarm: Swarm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     received = 0
     plain = Assembler.feed
@@ -146,36 +187,50 @@ def test_ledger_equals_what_shapes_say_and_what_was_received(
 
     monkeypatch.setattr(Assembler, "feed", counting)
     made = recipe("llama")
-    ranks = {"rank_forward": 6, "rank_backward": 11} if kind == "lowrank" else {}
     run_file = made.run_file(
-        run={"ticks": 10},
-        links={"kind": kind, "zstd": "off", **ranks},
-        anchor={"q_cadence": 4, "calibration_prompts": 1},
+        run={"ticks": 10}, links={"zstd": "off", **links}, anchor={"q_cadence": 4, "calibration_prompts": 1}
     )
     out = tmp_path / "run"
     run_swarm(run_file, out)
 
-    spec = LinkSpec(kind=kind, width=32, zstd="off", **ranks)  # type: ignore[arg-type]
-    wanted = expected_links(made.record, journal(out), spec)
+    lowrank = links["kind"] == "lowrank"
+    spec = LinkSpec(kind=links["kind"], width=32, zstd="off", **(RANKS if lowrank else {}))
+    wanted = expected_links(made.record, journal(out), spec, links.get("share_prompts", False))
+    for link in ("stage0-stage1", "stage1-stage2"):
+        assert links_in_ledger(out, link) == wanted
     with (out / "ledger.csv").open() as file:
         rows = list(csv.DictReader(file))
-    columns = ("dense_bytes", "packet_bytes", "message_bytes", "frames")
-    for link in ("stage0-stage1", "stage1-stage2"):
-        got: dict[tuple[int, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
-        for row in rows:
-            if row["link"] == link and row["kind"] in ("activation", "gradient"):
-                assert row["direction"] == ("down" if row["kind"] == "activation" else "up")
-                for i, column in enumerate(columns):
-                    got[(int(row["tick"]), row["kind"])][i] += int(row[column])
-        assert dict(got) == wanted
-    assert {row["wire_bytes"] for row in rows} == {""}
+    assert all(int(row["wire_bytes"]) > int(row["message_bytes"]) for row in rows)
     assert sum(int(row["message_bytes"]) for row in rows) == received, "something crossed a link uncounted"
     kinds = {row["kind"] for row in rows}
-    assert kinds >= {"activation", "gradient", "rollout", "control"} | (
-        {"basis", "sketch"} if kind == "lowrank" else set()
-    )
+    assert kinds >= {"activation", "gradient", "rollout", "control"} | ({"basis", "sketch"} if lowrank else set())
     batches = [row for row in rows if row["link"] == "stage0-stage1" and row["kind"] == "rollout"]
     assert int(batches[0]["packet_bytes"]) == rollout_bytes(made.record)
+
+
+def test_ledger_counts_the_packets_that_were_made(
+    recipe: Callable[..., Recipe], run_swarm: Swarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the uniform quantiser no shape says what a packet costs, only what it costs at most."""
+    made_by: dict[int, Sums] = {b: defaultdict(lambda: [0, 0, 0, 0]) for b in (0, 1)}
+    encode = LinkEnd.encode
+
+    def noting(self: LinkEnd, x: Any, direction: Direction, stamp: Stamp, crossing: Any, microbatch: int) -> Packet:
+        packet = encode(self, x, direction, stamp, crossing, microbatch)
+        size, kind = len(packet.payload), ("activation", "gradient")[direction]
+        assert packet.dense_bytes == dense_bytes(32, crossing.repeated_rows)
+        assert crossing.rows <= crossing.repeated_rows and size <= largest_packet_bytes(self.spec, direction, len(x))
+        for i, value in enumerate((packet.dense_bytes, size, message_bytes(size), 1)):
+            made_by[self.boundary][(stamp.tick, kind)][i] += value
+        return packet
+
+    monkeypatch.setattr(LinkEnd, "encode", noting)
+    out = tmp_path / "run"
+    links = {"kind": "lowrank", **RANKS, "outliers": 1.5}  # of which a random model has some
+    anchor = {"q_cadence": 4, "calibration_prompts": 1}
+    run_swarm(recipe("llama").run_file(run={"ticks": 10}, links=links, anchor=anchor), out)
+    for boundary, link in enumerate(("stage0-stage1", "stage1-stage2")):
+        assert links_in_ledger(out, link) == made_by[boundary]
 
 
 def rollout_bytes(record: Path) -> int:

@@ -128,10 +128,10 @@ def test_a_run_that_was_stopped_and_continued_equals_an_undisturbed_one(
     every: int, recipe: Callable[..., Recipe], run_swarm: Callable[..., str], tmp_path: Path
 ) -> None:
     # Low-rank links with a basis that stays: when a newer one is adopted depends on the clock, and is in the journal.
-    made = recipe("llama", batches=20)
+    made = recipe("llama", batches=12)
     links = {"kind": "lowrank", "rank_forward": 8, "rank_backward": 16}
     anchor = {"q_cadence": 0, "calibration_prompts": 1}
-    run_file = made.run_file(run={"ticks": 60}, links=links, anchor=anchor, checkpoint={"every": every})
+    run_file = made.run_file(run={"ticks": 36}, links=links, anchor=anchor, checkpoint={"every": every})
     run_swarm(run_file, tmp_path / "whole")
     out = tmp_path / "parts"
 
@@ -142,8 +142,8 @@ def test_a_run_that_was_stopped_and_continued_equals_an_undisturbed_one(
 
     assert run_swarm(run_file, out, during=stop) == "stopped on request"
     stopped_at = len((out / "journal.jsonl").read_text().splitlines())
-    assert stopped_at < 60
-    assert run_swarm(run_file, out, resume=True) == "all 60 ticks are done"
+    assert stopped_at < 36
+    assert run_swarm(run_file, out, resume=True) == "all 36 ticks are done"
     assert_same_bits(trained(out, tmp_path / "a"), trained(tmp_path / "whole", tmp_path / "b"))
     assert (out / "journal.jsonl").read_text() == (tmp_path / "whole" / "journal.jsonl").read_text()
 

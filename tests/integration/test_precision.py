@@ -45,7 +45,7 @@ def test_lowrank_links_run_on_the_device(
 ) -> None:
     made = recipe("qwen3")
     for backward in ("straight_through", "exact"):
-        links = {"kind": "lowrank", "rank_forward": 8, "rank_backward": 12, "backward": backward}
+        links = {"kind": "lowrank", "rank_forward": 8, "rank_backward": 12, "backward": backward, "fit": "weighted"}
         run_file = made.run_file(
             run={"ticks": 16, "device": device}, links=links, anchor={"q_cadence": 2, "calibration_prompts": 1}
         )

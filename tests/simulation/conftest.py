@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 
 from swarm_core.wire.messages import Decide, Mode, Order, Outcome
+from swarm_worker.headers import Position
 from swarm_worker.lead import Lead, LeadPlan, LeadState, Stock
 from swarm_worker.schedule import (
     ActivationCame,
+    AskAgain,
     Begun,
     CastVote,
     Compute,
@@ -31,13 +33,14 @@ from swarm_worker.schedule import (
     Event,
     Finished,
     GradientCame,
+    Lost,
     Op,
+    ResendAsked,
     Schedule,
     Sent,
     Stamp,
     VoteCame,
 )
-from swarm_worker.worker import Position
 
 MOST_EVENTS = 60_000  # the longest scenario needs a tenth
 
@@ -51,6 +54,7 @@ class World:
     plan: LeadPlan
     ticks_per_pass: int
     batches: int  # the sampler has no more
+    losing: float = 0.1  # share of a tick's activations that refer to rows which their receiver has lost
 
     def _draw(self, *what: object) -> random.Random:
         return random.Random(f"{self.seed} {what}")
@@ -65,6 +69,15 @@ class World:
         """(gated, not finite) of a tick."""
         draw = self._draw("verdict", batch, pass_, index)
         return pass_ > 1 and draw.random() < 0.2, draw.random() < 0.12
+
+    def probed(self, tick: int, microbatches: int) -> bool:
+        """Whether a probe comes before a tick."""
+        return microbatches > 0 and self.plan.probe_every > 0 and tick % self.plan.probe_every == 0
+
+    def loses(self, stage: int, stamp: Stamp, microbatch: int) -> bool:
+        """Whether a receiver cannot make sense of an activation when it first comes."""
+        draw = self._draw("lost", stage, stamp.batch, stamp.pass_, stamp.slice, microbatch)
+        return stage > 0 and stamp.mode is Mode.TRAIN and draw.random() < self.losing
 
     def too_old(self, batch: int) -> bool:
         """Whether the first delivery of a batch comes from weights that are too old."""
@@ -82,6 +95,7 @@ def make_world(seed: int) -> World:
         eval_every=draw.randint(0, 3),
         checkpoint_every=draw.randint(0, 4),
         reference=draw.random() < 0.3,
+        probe_every=random.Random(f"probe {seed}").randint(0, 3),
     )
     return World(seed, draw.randint(1, 5), plan, ticks_per_pass, batches=draw.randint(0, 4))
 
@@ -93,6 +107,9 @@ class Seen:
     stamp: Stamp
     forwards: int = 0
     backwards: int = 0
+    lost: set[int] = field(default_factory=set)
+    resent: set[int] = field(default_factory=set)
+    compared: bool = False
     tallied: bool = False
     voted: bool = False
     over: bool = False
@@ -125,28 +142,50 @@ class Referee:
         seen = self.rounds[stage][command.stamp.key]
         open_rounds = [other for other in self.rounds[stage].values() if not other.over]
         assert seen is open_rounds[0], f"stage {stage} works on a round before the one ahead of it is over"
-        last, train = stage == self.stages - 1, command.stamp.mode is Mode.TRAIN
+        last, mode = stage == self.stages - 1, command.stamp.mode
+        learns = mode in (Mode.TRAIN, Mode.PROBE)
         match command.op:
             case Op.FORWARD | Op.SCORE | Op.LOSS:
-                assert (command.op is Op.SCORE) == (not train), f"{command.op} in a {command.stamp.mode.name} round"
-                assert not train or (command.op is Op.LOSS) == last
+                assert (command.op is Op.SCORE) == (not learns), f"{command.op} in a {mode.name} round"
+                assert not learns or (command.op is Op.LOSS) == last
                 assert command.microbatch == seen.forwards, f"stage {stage}: forward out of order"
                 seen.forwards += 1
                 seen.backwards += command.op is Op.LOSS
                 flying = seen.forwards - seen.backwards
-                if train:
+                if learns:
                     assert flying <= self.stages - stage, f"stage {stage}: {flying} microbatches in flight"
                     self.happened["in flight at the bound"] += flying == self.stages - stage and stage < self.stages - 2
             case Op.BACKWARD:
-                assert train, "a score round makes gradients"
+                assert learns, "a score round makes gradients"
                 assert command.microbatch == seen.backwards, f"stage {stage}: backward out of order"
                 seen.backwards += 1
                 assert seen.backwards <= seen.forwards
+            case Op.RESEND:
+                below = self.rounds[stage + 1][command.stamp.key]
+                assert command.microbatch in below.lost - seen.resent, "sent again what nobody lost, or twice"
+                assert seen.backwards <= command.microbatch < seen.forwards
+                seen.resent.add(command.microbatch)
+                self.happened["resent"] += 1
+                self.happened["resent after the last forward"] += seen.forwards == command.stamp.microbatches > 1
+            case Op.COMPARE:
+                assert mode is Mode.PROBE and not seen.compared
+                assert seen.forwards == seen.backwards == command.stamp.microbatches == 2, (
+                    "compared before both are there"
+                )
+                seen.compared = True
+                self.happened["probed"] += 1
             case Op.TALLY:
-                assert train and not seen.tallied
+                assert mode is Mode.TRAIN and not seen.tallied, f"stage {stage} tallies twice, or what is no tick"
                 assert seen.forwards == seen.backwards == command.stamp.microbatches, "tallied before all gradients"
                 seen.tallied = True
         return None
+
+    def loses(self, stage: int, command: Compute) -> None:
+        """What was begun has come to nothing."""
+        seen = self.rounds[stage][command.stamp.key]
+        seen.lost.add(command.microbatch)
+        seen.forwards -= 1
+        seen.backwards -= command.op is Op.LOSS
 
     def holds_back(self, stage: int, change: int) -> None:
         """An activation was computed (+1), or taken by the link (-1)."""
@@ -175,7 +214,8 @@ class Referee:
             return  # a HOLD
         seen = self.rounds[stage][stamp.key]
         assert not seen.over and seen.forwards == stamp.microbatches
-        assert seen.backwards == (stamp.microbatches if stamp.mode is Mode.TRAIN else 0)
+        assert seen.backwards == (stamp.microbatches if stamp.mode in (Mode.TRAIN, Mode.PROBE) else 0)
+        assert seen.compared == (stamp.mode is Mode.PROBE), f"stage {stage} ends a probe without its comparison"
         seen.over = True
 
 
@@ -195,6 +235,9 @@ class Link:
         self.swarm.at(self.arrival, deliver)
 
 
+Ballot = tuple[float, int, int | None]  # norm, basis held, tick of the probe reported
+
+
 class Node:
     """One stage: what worker.py does, without tensors or sockets."""
 
@@ -205,7 +248,9 @@ class Node:
         self.next_lineage = position.lineage
         self.basis = swarm.lead.state.basis_version
         self.arrived: set[tuple[Any, ...]] = set()
-        self.below_voted: tuple[list[tuple[float, int]], bool] = ([], False)
+        self.lost: set[tuple[Any, ...]] = set()
+        self.compared: int | None = None  # the tick whose probe is to be reported in the next vote
+        self.below_voted: tuple[list[Ballot], bool] = ([], False)
 
     def drive(self, event: Event) -> None:
         referee = self.swarm.referee
@@ -215,6 +260,8 @@ class Node:
                     referee.computes(self.stage, command)
                     self._take_input(command)
                     self.swarm.later(self.swarm.speed[self.stage], lambda c=command: self._computed(c))
+                case AskAgain(stamp, microbatch):
+                    self._ask_again(stamp, microbatch)
                 case CastVote(stamp):
                     referee.votes(self.stage, stamp)
                     self._vote(stamp)
@@ -232,23 +279,41 @@ class Node:
             assert what in self.arrived, f"stage {self.stage} computes on {what}, which is not there"
             self.arrived.remove(what)
 
+    def _ask_again(self, stamp: Stamp, microbatch: int) -> None:
+        above = self.swarm.nodes[self.stage - 1]
+        self.swarm.up[self.stage - 1].post(lambda: above.drive(ResendAsked(stamp.key, microbatch)))
+
+    def _loses(self, command: Compute) -> bool:
+        """Whether this command finds that it cannot read its activation, as it does at most once."""
+        what = (command.stamp.key, command.microbatch)
+        forward = command.op in (Op.FORWARD, Op.LOSS) and what not in self.lost
+        if not forward or not self.swarm.world.loses(self.stage, command.stamp, command.microbatch):
+            return False
+        self.lost.add(what)
+        return True
+
     def _computed(self, command: Compute) -> None:
         key, microbatch, last = command.stamp.key, command.microbatch, self.stage == self.swarm.world.stages - 1
+        if self._loses(command):
+            self.swarm.referee.loses(self.stage, command)
+            return self.drive(Lost())
         match command.op:
-            case Op.FORWARD | Op.SCORE if not last:
+            case Op.FORWARD | Op.SCORE | Op.RESEND if not last:
                 self.swarm.referee.holds_back(self.stage, 1)
                 below = self.swarm.nodes[self.stage + 1]
                 self._down(lambda: below.came(ActivationCame(key, microbatch)), self._sent, size=1.0)
             case Op.LOSS | Op.BACKWARD if self.stage > 0:
                 above = self.swarm.nodes[self.stage - 1]
                 self.swarm.up[self.stage - 1].post(lambda: above.came(GradientCame(key, microbatch)), size=1.0)
+            case Op.COMPARE:
+                self.compared = command.stamp.tick
             case Op.APPLY:
                 assert command.decide is not None
                 self.position = self.position.after(command.stamp, command.decide)
                 self.basis = max(self.basis, int(self.swarm.now / 40))
                 if self.stage == 0 and command.decide.checkpoint:
                     self.swarm.saved = json.dumps(self.swarm.lead.state.to_json())
-        self.drive(Computed())
+        return self.drive(Computed())
 
     def came(self, event: ActivationCame | GradientCame) -> None:
         self.arrived.add((event.key, event.microbatch, isinstance(event, GradientCame)))
@@ -263,7 +328,8 @@ class Node:
         last = self.stage == self.swarm.world.stages - 1
         culprit = self.stage == stamp.tick % self.swarm.world.stages
         votes, gate = self.below_voted
-        own = (float("nan") if broken and culprit else 1.0, self.basis)
+        broken = broken and culprit and stamp.microbatches > 0
+        own, self.compared = (float("nan") if broken else 1.0, self.basis, self.compared), None
         votes, gate = [own, *votes], gate or last and gated and stamp.microbatches > 0
         self.below_voted = ([], False)
         if self.stage == 0:
@@ -411,12 +477,16 @@ class Swarm:
         if not self.lead.finished:
             self.lead.stop_requested = True
             self.referee.happened[f"stop with round {self.round_active}"] += 1
+            probing = self.round_active and self.stamps and self.stamps[-1].mode is Mode.PROBE
+            self.referee.happened["probe stopped"] += bool(probing)
             self.advance()
 
-    def decide(self, stamp: Stamp, votes: list[tuple[float, int]], gated: bool) -> None:
+    def decide(self, stamp: Stamp, votes: list[Ballot], gated: bool) -> None:
         assert len(votes) == self.world.stages
-        self.held_basis = min(basis for _, basis in votes)
-        norms = [norm for norm, _ in votes]
+        self.held_basis = min(basis for _, basis, _ in votes)
+        probed = stamp.tick if self.world.probed(stamp.tick, stamp.microbatches) else None
+        assert [reported for *_, reported in votes] == [probed] * len(votes), "a probe is not reported with its tick"
+        norms = [norm for norm, *_ in votes]
         self._announce(stamp, self.lead.decide(stamp, norms, 0.5, gated))
 
     def _announce(self, stamp: Stamp, decide: Decide) -> None:

@@ -46,6 +46,8 @@ def expected_rounds(w: World) -> Iterator[Row]:
                 return
             gated, broken = w.verdict(batch, pass_, i)
             reason = "no_signal" if not sizes[i] else "nonfinite" if broken else "gate" if gated else ""
+            if w.probed(tick, sizes[i]):
+                yield Mode.PROBE, batch, pass_, i, 2, "", ""
             yield Mode.TRAIN, batch, pass_, i, sizes[i], "SKIP" if reason else "COMMIT", reason
             tick += 1
             if sizes[i] and (gated or broken):
@@ -98,6 +100,7 @@ def test_the_scenarios_are_not_too_easy(world: Worlds, simulate: Simulate) -> No
         happened["dropped"] += swarm.dropped
     wanted = ("COMMIT ", "SKIP gate", "SKIP nonfinite", "SKIP no_signal", "HOLD ", "begun early", "credit used up")
     wanted += ("in flight at the bound", "stop with round True", "stop with round False", "dropped")
+    wanted += ("probed", "probe stopped", "resent", "resent after the last forward")
     assert {name: happened[name] for name in wanted if happened[name] < 5} == {}
 
 
@@ -105,7 +108,7 @@ def test_the_scenarios_are_not_too_easy(world: Worlds, simulate: Simulate) -> No
 def test_stopped_anywhere_and_resumed_from_json_it_goes_on_as_if_undisturbed(
     part: int, world: Worlds, simulate: Simulate
 ) -> None:
-    in_the_middle = 0
+    in_the_middle = probed_again = 0
     for seed in range(part, 240, 4):
         w = world(seed)
         whole = simulate(w)
@@ -113,12 +116,31 @@ def test_stopped_anywhere_and_resumed_from_json_it_goes_on_as_if_undisturbed(
         second = simulate(w, clock=1, before=first)
         # Which basis a batch is pinned to depends on when the anchor's answer came, so on the clock.
         stamps = [[replace(s, basis_version=0) for s in run.stamps] for run in (whole, first, second)]
+        if stamps[1] and stamps[1][-1].mode is Mode.PROBE:  # its tick was not decided, so it is probed again
+            assert stamps[2][:1] == stamps[1][-1:]
+            stamps[1].pop()
+            probed_again += 1
         assert stamps[1] + stamps[2] == stamps[0], f"seed {seed}"
         ticks = [[d for d in run.decisions if d.outcome != Outcome.HOLD] for run in (whole, first, second)]
         assert rows(stamps[0], ticks[1] + ticks[2]) == rows(stamps[0], ticks[0])
         assert second.lead.state.lineage == whole.lead.state.lineage
         in_the_middle += bool(ticks[1]) and not ticks[1][-1].end_of_batch
-    assert in_the_middle >= 4
+    assert in_the_middle >= 4 and probed_again >= 1
+
+
+@pytest.mark.parametrize("losing", [0.0, 1.0])
+def test_activations_lost_and_sent_again_change_nothing_that_was_decided(
+    losing: float, world: Worlds, simulate: Simulate
+) -> None:
+    for seed in range(60):
+        w = world(seed)
+        undisturbed, swarm = simulate(w), simulate(replace(w, losing=losing))
+        assert [replace(s, basis_version=0) for s in swarm.stamps] == [
+            replace(s, basis_version=0) for s in undisturbed.stamps
+        ]
+        assert swarm.decisions == undisturbed.decisions
+        trained = sum(s.microbatches for s in swarm.stamps if s.mode is Mode.TRAIN)
+        assert swarm.referee.happened["resent"] == losing * trained * (w.stages - 1)
 
 
 # A simulation that catches nothing proves nothing: bugs that look like ours ------------------------------------------
@@ -129,7 +151,7 @@ def caught(world: Worlds, simulate: Simulate) -> Callable[[], str]:
     """caught() -> the objection to the first run that goes wrong, or an empty string."""
 
     def search() -> str:
-        for seed in range(80):
+        for seed in range(SCENARIOS):
             w = world(seed)
             try:
                 swarm = simulate(w)
@@ -176,9 +198,38 @@ def no_credit(schedule: Schedule, r: Any, original: Callable[..., Any]) -> Compu
         schedule._unsent = held
 
 
+def compare_after_one(schedule: Schedule, r: Any, original: Callable[..., Any]) -> Compute | None:
+    if r.stamp.mode is Mode.PROBE and r.backwarded == 1:
+        return Compute(Op.COMPARE, r.stamp)
+    return original(schedule, r)
+
+
+def vote_on_a_probe(schedule: Schedule, r: Any, original: Callable[..., Any]) -> Compute | None:
+    command = original(schedule, r)
+    if command is not None and command.op is Op.COMPARE:
+        return replace(command, op=Op.TALLY)
+    return command
+
+
+def deaf_to_requests(schedule: Schedule, r: Any, original: Callable[..., Any]) -> Compute | None:
+    r.to_resend.clear()
+    return original(schedule, r)
+
+
+def resend_what_comes_next(schedule: Schedule, r: Any, original: Callable[..., Any]) -> Compute | None:
+    command = original(schedule, r)
+    if command is not None and command.op is Op.RESEND:
+        return replace(command, microbatch=r.forwarded - 1)
+    return command
+
+
 @pytest.mark.parametrize(
     ("bug", "objection"),
     [
+        (compare_after_one, "compared before both are there"),
+        (vote_on_a_probe, "what is no tick"),
+        (deaf_to_requests, "deadlock"),
+        (resend_what_comes_next, "sent again what nobody lost"),
         (newest_gradient_first, "backward out of order"),
         (tally_without_gradients, "tallied before all gradients"),
         (apply_before_the_vote, "applies before stage"),
@@ -192,6 +243,21 @@ def test_a_bug_in_the_schedule_is_caught(bug: Patch, objection: str, monkeypatch
     assert objection in caught()
 
 
+def test_an_activation_that_counts_as_arrived_although_it_was_lost_is_caught(
+    monkeypatch: Monkey, caught: Caught
+) -> None:
+    original = Schedule._lost
+
+    def lost(self: Schedule) -> Any:
+        arrived = set(self._rounds[0].activations)
+        command = original(self)
+        self._rounds[0].activations |= arrived
+        return command
+
+    monkeypatch.setattr(Schedule, "_lost", lost)
+    assert "which is not there" in caught()
+
+
 def score_as_train(lead: Lead, original: Callable[[Lead], Stamp | None]) -> Stamp | None:
     stamp = original(lead)
     return replace(stamp, mode=Mode.TRAIN) if stamp is not None and stamp.mode is Mode.SCORE else stamp
@@ -202,7 +268,17 @@ def never_scored(lead: Lead, original: Callable[[Lead], Stamp | None]) -> Stamp 
     return original(lead)
 
 
-@pytest.mark.parametrize("bug", [score_as_train, never_scored])
+def probe_every_tick(lead: Lead, original: Callable[[Lead], Stamp | None]) -> Stamp | None:
+    lead.plan = replace(lead.plan, probe_every=min(lead.plan.probe_every, 1))
+    return original(lead)
+
+
+def probe_again_and_again(lead: Lead, original: Callable[[Lead], Stamp | None]) -> Stamp | None:
+    lead._probed -= lead.state.tick % 2
+    return original(lead)
+
+
+@pytest.mark.parametrize("bug", [score_as_train, never_scored, probe_every_tick, probe_again_and_again])
 def test_a_bug_in_the_rounds_is_caught(bug: Patch, monkeypatch: Monkey, caught: Caught) -> None:
     original = Lead.next_round
     monkeypatch.setattr(Lead, "next_round", lambda self: bug(self, original))

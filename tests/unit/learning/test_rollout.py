@@ -92,6 +92,11 @@ def test_reward_and_length_metrics_under_trls_names() -> None:
     )  # fmt: skip
 
 
+def test_no_reward_at_all_is_not_a_reward_of_zero() -> None:
+    metrics = reward_metrics(batch([None, None, None, None]))
+    assert math.isnan(metrics["reward"]) and math.isnan(metrics["reward_std"]) and metrics["rewards/failed"] == 4
+
+
 @pytest.mark.parametrize(
     ("completions", "position", "part"),
     [

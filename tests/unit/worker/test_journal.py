@@ -53,6 +53,16 @@ def test_a_line_says_everything_that_was_decided(tmp_path: Path) -> None:
     journal.close()
 
 
+def test_a_fault_is_said_where_there_is_one(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl", 0)
+    skip = Decide(outcome=Outcome.SKIP, reason="nonfinite")
+    journal.write(stamp(1), skip, float("inf"), "stage 1, microbatch 3, tick 1: NaN")
+    journal.write(stamp(2), COMMIT, 1.0)
+    journal.close()
+    first, second = lines(tmp_path / "journal.jsonl")
+    assert first["fault"] == "stage 1, microbatch 3, tick 1: NaN" and "fault" not in second
+
+
 def test_every_line_is_on_disk_before_write_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal(path, 0)

@@ -108,6 +108,38 @@ def test_a_norm_that_is_no_number_skips_the_tick_and_ends_the_batch(norm: float)
     assert (decide.outcome, decide.coefficient) == (Outcome.COMMIT, 0.25)
 
 
+def test_an_empty_tick_after_a_score_pass_that_met_nan_ends_the_batch_too() -> None:
+    subject = lead()
+    supply(subject, 0, 1)
+    _, decide = tick(subject, norm=float("inf"))
+    assert decide.reason == "nonfinite" and decide.end_of_batch
+
+
+def test_a_probe_comes_before_every_nth_tick_that_has_something_to_probe() -> None:
+    subject = lead(probe_every=2, max_reuse=2)
+    supply(subject, 3, 1, 0)  # ticks 0 to 4: slices 0, 1, 2 (empty), 0, 1
+    found = [(mode, pass_, slice_, microbatches) for mode, pass_, slice_, microbatches in rounds(subject)]
+    assert found[:3] == [("SCORE", 0, 0, 4), ("PROBE", 1, 0, 2), ("TRAIN", 1, 0, 3)]
+    assert [row for row in found if row[0] == "PROBE"] == [("PROBE", 1, 0, 2), ("PROBE", 2, 1, 2)]
+
+
+def test_a_tick_is_probed_once_and_again_only_by_a_resumed_lead() -> None:
+    subject = lead(probe_every=1)
+    supply(subject, 1)
+    modes = [stamp.mode for stamp in (subject.next_round() for _ in range(4)) if stamp is not None]
+    assert modes == [Mode.SCORE, Mode.PROBE, Mode.TRAIN, Mode.TRAIN]
+    resumed = Lead(subject.plan, LeadState.from_json(json.loads(json.dumps(subject.state.to_json()))))
+    stamp = resumed.next_round()
+    assert stamp is not None and stamp.mode is Mode.PROBE
+
+
+def test_a_probe_differs_from_its_tick_in_mode_and_microbatches_alone() -> None:
+    subject = lead(probe_every=1, max_reuse=1)
+    supply(subject, 3, basis=4)
+    probe, train = tick(subject)[0]
+    assert replace(probe, mode=Mode.TRAIN, microbatches=3) == train and probe.key != train.key
+
+
 def test_every_decision_moves_the_lineage_and_only_a_commit_the_step() -> None:
     subject = lead(max_reuse=1)
     supply(subject, 1, 0, 1)

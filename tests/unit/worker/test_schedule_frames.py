@@ -8,6 +8,7 @@ from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.messages import Decide, Mode, Outcome
 from swarm_worker.schedule import (
     ActivationCame,
+    AskAgain,
     Begun,
     CastVote,
     Command,
@@ -17,8 +18,10 @@ from swarm_worker.schedule import (
     Event,
     Finished,
     GradientCame,
+    Lost,
     Op,
     ProtocolError,
+    ResendAsked,
     Schedule,
     Sent,
     Stamp,
@@ -27,6 +30,7 @@ from swarm_worker.schedule import (
 
 TICK = Stamp(epoch=1, tick=4, batch=2, pass_=1, microbatches=3)
 SCORE = Stamp(epoch=1, tick=4, batch=2, mode=Mode.SCORE, microbatches=3)
+PROBE = Stamp(epoch=1, tick=4, batch=2, pass_=1, mode=Mode.PROBE, microbatches=2)
 COMMIT = Decided(Decide(outcome=Outcome.COMMIT, coefficient=1.0))
 
 
@@ -102,9 +106,64 @@ def test_a_hold_waits_for_what_was_begun_before() -> None:
     assert schedule.idle
 
 
+def test_a_probe_ends_with_its_comparison_and_has_no_vote() -> None:
+    schedule = Schedule(1, 3)
+    fed(schedule, Begun(PROBE), Begun(TICK))
+    commands = fed(schedule, ActivationCame(PROBE.key, 0), ActivationCame(PROBE.key, 1), Computed(), Computed())
+    assert ops(commands) == [(Op.FORWARD, 0), (Op.FORWARD, 1)]
+    assert schedule.waiting_for() == "tick 4 probe: gradient 0 of stage 2"
+    commands = fed(schedule, GradientCame(PROBE.key, 0), GradientCame(PROBE.key, 1), Computed(), Computed())
+    assert ops(commands) == [(Op.BACKWARD, 0), (Op.BACKWARD, 1), (Op.COMPARE, 0)]
+    assert ops(fed(schedule, ActivationCame(TICK.key, 0))) == []  # the tick's come early, and wait
+    assert fed(schedule, Computed()) == [Finished(PROBE), Compute(Op.FORWARD, TICK, 0)]
+
+
+def test_the_last_stage_of_a_probe() -> None:
+    schedule = Schedule(1, 2)
+    came = [ActivationCame(PROBE.key, i) for i in range(2)]
+    assert ops(fed(schedule, Begun(PROBE), *came, Computed(), Computed())) == [
+        (Op.LOSS, 0),
+        (Op.LOSS, 1),
+        (Op.COMPARE, 0),
+    ]
+    assert fed(schedule, Computed()) == [Finished(PROBE)]
+
+
+def test_a_lost_activation_counts_as_not_arrived_until_it_comes_whole() -> None:
+    schedule = Schedule(1, 2)
+    fed(schedule, Begun(TICK), ActivationCame(TICK.key, 0), ActivationCame(TICK.key, 1))
+    assert fed(schedule, Lost()) == [AskAgain(TICK, 0)]
+    assert schedule.waiting_for() == "tick 4 train: activation 0 of stage 0"  # and microbatch 1 waits for its turn
+    assert ops(fed(schedule, ActivationCame(TICK.key, 0), Computed())) == [(Op.LOSS, 0), (Op.LOSS, 1)]
+
+
+def test_a_stage_goes_on_with_backwards_while_it_waits_for_what_it_has_lost() -> None:
+    schedule = Schedule(1, 3)
+    fed(schedule, Begun(TICK), ActivationCame(TICK.key, 0), Computed(), ActivationCame(TICK.key, 1))
+    assert ops(fed(schedule, GradientCame(TICK.key, 0), Lost())) == [(Op.BACKWARD, 0)]
+
+
+def test_what_was_lost_is_sent_again_before_anything_else() -> None:
+    schedule = Schedule(0, 2)
+    assert ops(fed(schedule, Begun(TICK), Computed())) == [(Op.FORWARD, 0), (Op.FORWARD, 1)]
+    assert ops(fed(schedule, ResendAsked(TICK.key, 0), Computed())) == [(Op.RESEND, 0)]
+    assert ops(fed(schedule, GradientCame(TICK.key, 0), Computed())) == [(Op.BACKWARD, 0)]
+    assert schedule._unsent == 3  # the link has to take it, too
+
+
+def test_a_request_comes_when_nothing_is_left_to_forward() -> None:
+    schedule = Schedule(0, 2)
+    one = Stamp(epoch=1, microbatches=1)
+    assert ops(fed(schedule, Begun(one), Computed())) == [(Op.FORWARD, 0)]
+    assert ops(fed(schedule, ResendAsked(one.key, 0))) == [(Op.RESEND, 0)]
+    commands = fed(schedule, Computed(), GradientCame(one.key, 0), Computed())
+    assert ops(commands) == [(Op.BACKWARD, 0), (Op.TALLY, 0)]
+
+
 STARTED: list[Event] = [Begun(TICK), *(ActivationCame(TICK.key, i) for i in range(3)), Computed(), Computed()]
 VOTED: list[Event] = [GradientCame(TICK.key, 0), Computed(), GradientCame(TICK.key, 1), Computed(), Computed()]
 VOTED += [GradientCame(TICK.key, 2), Computed(), Computed(), VoteCame(TICK.key)]
+LOST: list[Event] = [Begun(TICK), ActivationCame(TICK.key, 0), Lost()]
 OTHER = (1, 5, 0, Mode.TRAIN, 2)
 
 
@@ -135,6 +194,17 @@ OTHER = (1, 5, 0, Mode.TRAIN, 2)
         ([*STARTED, *VOTED], Decided(Decide(outcome=Outcome.RETRY)), "outcome 3"),
         ([*STARTED, *VOTED], Decided(Decide(outcome=99)), "outcome 99"),
         ([*STARTED, *VOTED, COMMIT, Computed()], GradientCame(TICK.key, 0), "open are \\[\\]"),
+        ([], Lost(), "never started"),
+        ([Begun(SCORE), ActivationCame(SCORE.key, 0)], Lost(), "score 0 .* refers to what is not held"),
+        ([Begun(PROBE), ActivationCame(PROBE.key, 0)], Lost(), "forward 0 .* refers to what is not held"),
+        ([*LOST, ActivationCame(TICK.key, 0)], Lost(), "activation 0 .* was lost again"),
+        ([*LOST, ActivationCame(TICK.key, 0)], ActivationCame(TICK.key, 0), "activation 0 .* came twice"),
+        (STARTED, ResendAsked(TICK.key, 2), "request for activation 2 .* only those below 2"),
+        ([*STARTED, ResendAsked(TICK.key, 1)], ResendAsked(TICK.key, 1), "request for activation 1 .* came twice"),
+        ([*STARTED, GradientCame(TICK.key, 0)], ResendAsked(TICK.key, 0), "after its gradient came"),
+        ([Begun(SCORE), ActivationCame(SCORE.key, 0), Computed()], ResendAsked(SCORE.key, 0), "below 0"),
+        ([], ResendAsked(TICK.key, 0), "a frame of round"),
+        ([Begun(PROBE)], VoteCame(PROBE.key), "a vote on round"),
     ],
 )
 def test_what_the_protocol_does_not_allow(before: list[Event], event: Event, message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from swarm_worker import shard as shards
-from swarm_worker.shard import Shard, ShardError, clone_all, read_shard, select, shard_name, write_shard
+from swarm_worker.shard import Shard, ShardError, ShardWriter, clone_all, read_shard, select, shard_name, write_shard
 
 META = {"tick": 12, "lineage": 2**64 - 1, "lead": None, "gate": {"increments": [0.1, 1e-300]}, "word": "é"}
 
@@ -112,6 +112,44 @@ def test_an_unreadable_file_is_one_line(tmp_path: Path, damage: str) -> None:
     with pytest.raises(ShardError) as caught:
         read_shard(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def held(out: Path, stage: int = 0) -> list[int]:
+    return sorted(int(path.parent.name[5:]) for path in out.glob(f"checkpoints/*/{shard_name(stage, 2)}"))
+
+
+def writer(out: Path, stage: int = 0, keep: int = 2) -> ShardWriter:
+    return ShardWriter(out, stage, 2, "ab", None, keep)
+
+
+def small() -> Shard:
+    return Shard({"w": torch.zeros(1)}, {})
+
+
+def test_a_worker_keeps_one_shard_more_than_checkpoints(tmp_path: Path) -> None:
+    """The newest is not complete before the others have written theirs: until then the ones before it must be there."""
+    ours, other = writer(tmp_path), writer(tmp_path, stage=1, keep=0)
+    for tick in (1, 2, 3, 4, 5):
+        other.write(tick, small)
+        ours.write(tick, small)
+    assert held(tmp_path) == [3, 4, 5]
+    assert held(tmp_path, 1) == [1, 2, 3, 4, 5], "another stage's are its own affair"
+    alone = writer(tmp_path / "alone", keep=1)
+    for tick in (1, 2, 3):
+        alone.write(tick, small)
+    assert sorted(p.name for p in (tmp_path / "alone" / "checkpoints").iterdir()) == ["tick-00000002", "tick-00000003"]
+
+
+def test_a_worker_leaves_alone_what_the_anchor_prunes_and_what_a_resume_left(tmp_path: Path) -> None:
+    ours = writer(tmp_path, keep=1)
+    ours.write(1, small)
+    (tmp_path / "checkpoints" / "tick-00000001" / "index.json").write_text("{}")
+    writer(tmp_path, keep=1).write(90, small)  # of a future that the run resumed at 1 does not have
+    for tick in (2, 3):
+        ours.write(tick, small)
+    assert held(tmp_path) == [1, 2, 3, 90]
+    ours.write(4, small)
+    assert held(tmp_path) == [1, 3, 4, 90]
 
 
 def test_select_takes_one_name_and_not_its_namesakes() -> None:

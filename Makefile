@@ -16,12 +16,12 @@ OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_
 IMPORT  := PYTHONPATH=$(CURDIR):$(CURDIR)/proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check demo bench tiny-model knobs stubs format clean
+.PHONY: help setup test check demo bench bench-codec bench-links bench-wire tiny-model wide-model knobs stubs format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
-setup: $(STAMP)  ## .venv with everything, pinned by constraints.txt (about 90 s, 1.5 GB)
+setup: $(STAMP)  ## .venv with everything, pinned by constraints.txt (about 2 min, 1.8 GB)
 	@echo "ready: $(BIN)"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -52,8 +52,23 @@ demo: $(SETUP)  ## three stages, anchor and sampler on this machine learn to add
 bench: $(SETUP)  ## tokens/s of two stages against torch.distributed.pipelining (5 min)
 	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.bench $(ARGS)
 
+bench-codec: $(SETUP)  ## time of encode and decode, and what the links' knobs do to training (5 seeds a cell: hours)
+	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.codec_cost --record
+	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.codec run --model tiny --workers 2 $(ARGS)
+	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.codec run --model wide --workers 2 $(ARGS)
+	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.codec table
+
+bench-links: $(SETUP)  ## packet streams against raw sockets, on loopback and on an emulated WAN (root, 10 min)
+	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.links $(ARGS)
+
+bench-wire: $(SETUP)  ## the ledger's wire column against the kernel's counters (root; 7 min with ARGS=--demo)
+	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.wire $(ARGS)
+
 tiny-model: $(SETUP)  ## rebuild examples/tiny/model and its data from seeds
 	$(OFFLINE) $(BIN)/python examples/tiny/build.py
+
+wide-model: $(SETUP)  ## runs/wide: the same task at width 512, for `make bench-codec` (10 min)
+	$(OFFLINE) $(IMPORT) $(BIN)/python -m examples.wide.build
 
 knobs: $(SETUP)  ## rewrite docs/knobs.md
 	$(BIN)/python tools/check_knobs.py --write

@@ -39,6 +39,18 @@ DATA_SEED, MODEL_SEED = 20, 7
 
 
 @dataclass(frozen=True)
+class Shape:
+    """The sizes of the Qwen2 that is built; these are the tiny example's."""
+
+    hidden: int = 96
+    intermediate: int = 256
+    layers: int = 6
+    heads: int = 4
+    kv_heads: int = 2
+    initializer_range: float = 0.1  # at this width five times the usual: it learns to carry in 400 steps, not in 1200
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The two phases of supervised training; the step counts fit in about two minutes on one core."""
 
@@ -82,18 +94,18 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token=EOS, pad_token=PAD, unk_token=UNK, model_max_length=64)
 
 
-def build_model(seed: int) -> Qwen2ForCausalLM:
-    """Six Qwen2 layers of width 96 with random weights, float32; embedding and lm_head are one tensor."""
+def build_model(shape: Shape, seed: int) -> Qwen2ForCausalLM:
+    """A Qwen2 with random weights, float32; embedding and lm_head are one tensor."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(VOCABULARY),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
         max_position_embeddings=64,
-        initializer_range=0.1,  # at this width five times the usual: it learns to carry in 400 steps, not in 1200
+        initializer_range=shape.initializer_range,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=EOS_ID,
@@ -183,29 +195,33 @@ def save(model: Qwen2ForCausalLM, to_dir: Path) -> None:
     (to_dir / "model.safetensors").chmod(0o644)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Rebuild the tiny example model and its data.")
-    parser.add_argument("--to", type=Path, default=HERE, help="directory that gets model/ and data/ (default: here)")
-    parser.add_argument("--data-only", action="store_true", help="write data/ only")
-    arguments = parser.parse_args()
-
+def build(to_dir: Path, shape: Shape, recipe: Recipe, *, data_only: bool = False) -> None:
+    """Write `data/` and, unless `data_only`, train a model of `shape` into `model/`; prints how good it has become."""
     train_pairs, validation_pairs = split_pairs(DATA_SEED)
-    write_rows(arguments.to / "data" / "train.jsonl", train_pairs[:TRAIN_ROWS])
-    write_rows(arguments.to / "data" / "validation.jsonl", validation_pairs)
+    write_rows(to_dir / "data" / "train.jsonl", train_pairs[:TRAIN_ROWS])
+    write_rows(to_dir / "data" / "validation.jsonl", validation_pairs)
     print(f"data: {TRAIN_ROWS} train rows, {len(validation_pairs)} validation rows", flush=True)
-    if arguments.data_only:
+    if data_only:
         return
-
     torch.set_num_threads(1)  # sums of floats in one order, so that the file is the same each time
-    model = build_model(MODEL_SEED)
-    train(model, train_pairs, Recipe(), MODEL_SEED)
-    save(model, arguments.to / "model")
-    saved = Qwen2ForCausalLM.from_pretrained(arguments.to / "model", dtype=torch.float32).eval()
+    model = build_model(shape, MODEL_SEED)
+    train(model, train_pairs, recipe, MODEL_SEED)
+    save(model, to_dir / "model")
+    saved = Qwen2ForCausalLM.from_pretrained(to_dir / "model", dtype=torch.float32).eval()
     print(f"parameters: {sum(p.numel() for p in saved.parameters())}")
-    print(f"file: {(arguments.to / 'model' / 'model.safetensors').stat().st_size} bytes")
+    print(f"file: {(to_dir / 'model' / 'model.safetensors').stat().st_size} bytes")
     print(f"validation accuracy, sampled: {accuracy(saved, validation_pairs, greedy=False, repeats=4):.3f}")
     print(f"validation accuracy, greedy:  {accuracy(saved, validation_pairs, greedy=True):.3f}")
 
 
+def main(description: str, folder: Path, shape: Shape, recipe: Recipe) -> None:
+    """The command line of a build script whose output lies in `folder`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--to", type=Path, default=folder, help="directory that gets model/ and data/ (default: here)")
+    parser.add_argument("--data-only", action="store_true", help="write data/ only")
+    arguments = parser.parse_args()
+    build(arguments.to, shape, recipe, data_only=arguments.data_only)
+
+
 if __name__ == "__main__":
-    main()
+    main("Rebuild the tiny example model and its data.", HERE, Shape(), Recipe())

@@ -68,8 +68,8 @@ class LinkCodec:
     direction, and a frame that is sent again is *kept* and not encoded again. `decode` and `project` remember nothing
     but what they stage with `rows`.
 
-    `encode` and `decode` need at most the packet and twice the rows in fp32 (measured; above H / 2 columns with outliers
-    or references, `encode` needs a third of the rows more). References take what `reuse.ReuseStore` says.
+    `encode` and `decode` need at most the packet and twice the rows in fp32 (measured; above H / 2 columns with
+    references, `encode` needs a third of the rows more). References take what `reuse.ReuseStore` says.
 
     On a GPU all arithmetic is done there; `encode` waits for it once, for the numbers that travel (with outliers on,
     again for which rows they are).

@@ -18,11 +18,11 @@ from torch import Tensor
 from codec.basis import Basis
 from codec.spec import Direction
 from swarm_core.config import load
-from swarm_core.learning.batch import make_batch
+from swarm_core.learning.batch import Batch, make_batch
 from swarm_core.learning.rollout import to_samples
 from swarm_core.manifest import make_manifest
 from swarm_core.models.architecture import fingerprint, read_shape
-from swarm_core.wire.messages import Mode
+from swarm_core.wire.messages import Decide, Mode, Outcome
 from swarm_worker.compute import Packet, StageCompute
 from swarm_worker.lead import Lead
 from swarm_worker.link_ends import LinkEnd
@@ -215,33 +215,82 @@ def test_steering_changes_rank_and_step_with_a_batch_on_both_ends(
     assert last["basis/step_forward/boundary_0"] > 2.0 and last["basis/rank_forward/boundary_0"] < 16
 
 
-def gradients(recipe: Recipe, share: bool) -> list[Tensor]:
-    """Of one scored tick on two stages, over a link of full rank and a step near nothing."""
-    links = {"kind": "lowrank", "rank_forward": 32, "rank_backward": 32, "fit": "plain", "share_prompts": share}
-    links |= {"step_forward": 5e-4, "step_backward": 5e-4, "gradient_scale": "row", "outliers": 0.0}
-    run_file = recipe.run_file(swarm={"stages": 2}, grpo={"ticks_per_pass": 1}, links=links)
+def two_stages(
+    recipe: Recipe, links: dict[str, Any], basis: Callable[[int], Basis]
+) -> tuple[list[StageCompute], Batch]:
+    """Two stages in this process, with a batch in microbatches of 6: groups of 4 completions, some cut in two."""
+    run_file = recipe.run_file(swarm={"stages": 2}, grpo={"ticks_per_pass": 1}, links={"kind": "lowrank", **links})
     manifest = make_manifest(load(run_file), read_shape(recipe.model), fingerprint(recipe.model))
     stages = [StageCompute(manifest, i, recipe.model, torch.device("cpu")) for i in range(2)]
     samples, stats = to_samples(next(read_rollouts(recipe.record, 4)), stages[0].loss_spec)
     counts = [stats.denominators.tokens], [stats.denominators.sequences]
-    batch = make_batch(0, 0, [samples], *counts, 6, keep_groups=True)  # groups of 4: some are cut in two
-    identity = {(0, d): Basis.orthonormal(0, torch.eye(32), step=5e-4) for d in Direction}
+    batch = make_batch(0, 0, [samples], *counts, 6, keep_groups=True)
     for stage in stages:
         stage.add_batch(batch)
-        stage.add_bases(0, identity)
+        stage.add_bases(0, {(0, d): basis(0) for d in Direction})
+    return stages, batch
 
-    def payload(packet: Packet | None) -> bytes:
-        assert packet is not None
-        return packet.payload
 
+def payload(packet: Packet | None) -> bytes:
+    assert packet is not None
+    return packet.payload
+
+
+def score(stages: list[StageCompute], stamp: Stamp) -> list[bytes]:
+    """The activations that crossed."""
+    packets = [payload(stages[0].score(stamp, i, None)) for i in range(stamp.microbatches)]
+    for i, packet in enumerate(packets):
+        stages[1].score(stamp, i, packet)
+    return packets
+
+
+def tick(stages: list[StageCompute], stamp: Stamp) -> list[bytes]:
+    """The activations and gradients that crossed."""
+    crossed = []
+    for i in range(stamp.microbatches):
+        crossed.append(payload(stages[0].forward(stamp, i, None)))
+        crossed.append(payload(stages[1].loss(stamp, i, crossed[-1])))
+        stages[0].backward(stamp, i, crossed[-1])
+    return crossed
+
+
+def test_a_tick_that_is_skipped_or_tried_again_leaves_everything_as_it_was(recipe: Callable[..., Recipe]) -> None:
+    made = recipe("qwen3", batches=1)
+    links = {"rank_forward": 16, "rank_backward": 16, "zstd": "off", "step_forward": 0.05}
+    stages, batch = two_stages(made, links, lambda v: Basis.orthonormal(v, torch.eye(32)[:, :16].contiguous(), 0.05))
     train = Stamp(microbatches=batch.microbatches[0], pass_=1)
-    score = replace(train, mode=Mode.SCORE, pass_=0)
-    for i in range(train.microbatches):
-        stages[1].score(score, i, payload(stages[0].score(score, i, None)))
-    for i in range(train.microbatches):
-        stages[0].backward(train, i, payload(stages[1].loss(train, i, payload(stages[0].forward(train, i, None)))))
-    shared = sum(batch.crossing(0, i, share=share).rows for i in range(train.microbatches))
-    assert (shared < sum(batch.layout(0, i).tokens for i in range(train.microbatches))) == share
+    whole = score(stages, replace(train, mode=Mode.SCORE, pass_=0))
+    with torch.no_grad():  # as an earlier slice's tick would, so that what crosses differs from what is referred to
+        for parameter in stages[0].parameters:
+            parameter.mul_(1.002)
+    before = [{name: t.clone() for name, t in stage.to_shard({}).tensors.items()} for stage in stages]
+    assert any(name.startswith("references.") for name in before[0])
+    first = tick(stages, train)
+    for stage in stages:
+        stage.tally(train)
+        stage.apply(train, Decide(outcome=Outcome.SKIP, reason="gate"))
+    for stage, was in zip(stages, before, strict=True):
+        now = stage.to_shard({}).tensors
+        kept = ("model.", "lm_head.", "optimizer.", "references.")
+        assert_equal(*({n: t for n, t in tensors.items() if n.startswith(kept)} for tensors in (now, was)))
+    assert tick(stages, replace(train, attempt=1)) == first
+    for stage in stages:
+        stage.tally(train)
+        stage.apply(train, Decide(outcome=Outcome.COMMIT, coefficient=1.0))
+    assert sum(map(len, first[::2])) < sum(map(len, whole)), "changes only"
+    again = tick(stages, replace(train, tick=1, pass_=2))
+    assert again != first and sum(map(len, again[::2])) < sum(map(len, whole)), "changes since the tick"
+
+
+def gradients(recipe: Recipe, share: bool) -> list[Tensor]:
+    """Of one scored tick, over a link of full rank and a step near nothing."""
+    links = {"rank_forward": 32, "rank_backward": 32, "share_prompts": share, "outliers": 0.0, "gradient_scale": "row"}
+    stages, batch = two_stages(recipe, links, lambda v: Basis.orthonormal(v, torch.eye(32), step=5e-4))
+    train = Stamp(microbatches=batch.microbatches[0], pass_=1)
+    score(stages, replace(train, mode=Mode.SCORE, pass_=0))
+    tick(stages, train)
+    crossed = sum(batch.crossing(0, i, share=share).rows for i in range(train.microbatches))
+    assert (crossed < sum(batch.layout(0, i).tokens for i in range(train.microbatches))) == share
     return [p.grad for stage in stages for p in stage.parameters if p.grad is not None]
 
 

@@ -15,6 +15,7 @@ SMALL = {
     "run.ticks": "10",
     "swarm.microbatch_size": "16",
     "grpo.prompts_per_batch": "8",
+    "grpo.max_reuse": "2",
     "dgg.window": "2",
     "sampler.eval_prompts": "8",
     "anchor.calibration_prompts": "16",

@@ -25,26 +25,32 @@ log = logging.getLogger(__name__)
 # Sentinels: any colour that occurs nowhere else. The page gives each CSS variable a light and a dark value; the series
 # follow Okabe and Ito's palette, which stays apart under the common colour-vision deficiencies.
 INK, MUTED, GRID, CARD = "#010203", "#040506", "#070809", "#0a0b0c"
-BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY = "#0d0e0f", "#101112", "#131415", "#161718", "#191a1b", "#1c1d1e"
+BLUE, ORANGE, GREEN, PURPLE = "#0d0e0f", "#101112", "#131415", "#161718"
+AMBER, SKY, BROWN = "#191a1b", "#1c1d1e", "#1f2021"
 VARIABLES = {
     INK: "--ink", MUTED: "--muted", GRID: "--grid", CARD: "--card", BLUE: "--blue", ORANGE: "--orange",
     GREEN: "--green", PURPLE: "--purple", AMBER: "--amber", SKY: "--sky",
+    BROWN: "--brown",
 }  # fmt: skip
-SERIES = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, INK)
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BROWN)
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 WIDE_PX, NARROW_PX = 1000, 350
 #: More points than this are drawn as bucket means with their range: a phone cannot show more, and files stay small.
 MAX_POINTS = 400
+#: More marks than this run into one another and are drawn as lines, bands or a fringe.
+MANY = 40
 
 
 #: The page around the drawings; the only place that gives the variables above their values.
 PAGE_CSS = """
 :root { color-scheme: light dark; --paper: #f7f6f3; --card: #ffffff; --ink: #21252b; --muted: #636b76; --grid: #e2e2de;
-  --blue: #0072b2; --orange: #c94f00; --green: #00805c; --purple: #a8518a; --amber: #a87400; --sky: #2f8fc4; }
+  --blue: #0072b2; --orange: #c94f00; --green: #00805c; --purple: #a8518a; --amber: #a87400; --sky: #2f8fc4;
+  --brown: #7a5537; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #15171a; --card: #1d2024; --ink: #e6e6e3; --muted: #9aa1ab; --grid: #363b42;
-    --blue: #62b0ea; --orange: #ff8a4c; --green: #3fc79c; --purple: #de94c2; --amber: #edb72e; --sky: #9ad4f7; } }
+    --blue: #62b0ea; --orange: #ff8a4c; --green: #3fc79c; --purple: #de94c2; --amber: #edb72e; --sky: #9ad4f7;
+    --brown: #c9a283; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); -webkit-text-size-adjust: 100%;
   font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Helvetica Neue", sans-serif; }
@@ -75,6 +81,7 @@ th { font-weight: 600; white-space: nowrap; }
 thead th { color: var(--muted); font-weight: 500; font-size: 13px; }
 tbody tr:last-child > * { border-bottom: 0; }
 #ledger td { white-space: nowrap; }
+#ledger th, #ledger td { padding: 7px 11px; }
 tr.sum > * { font-weight: 600; }
 .n { text-align: right; white-space: nowrap; }
 details { margin: 0 0 10px; }
@@ -88,12 +95,15 @@ aside p { margin: 4px 0; }
   figure { padding: 14px 10px 12px; } figcaption { padding: 0 4px; }
   svg.wide { display: none; } svg.narrow { display: block; }
   th, td { padding: 6px 10px; }
-  /* The byte table in two lines a row: which flow, then its numbers; side by side they would lie outside the screen. */
-  #ledger tr { display: grid; grid-template-columns: repeat(60, 1fr); border-bottom: 1px solid var(--grid); padding: 4px 8px; }
-  #ledger tr > * { border: 0; padding: 2px; font-size: 13px; white-space: normal; }
+  /* Two lines or three a row: which flow, then its numbers; side by side they would lie outside the screen. */
+  #ledger tr, #bases tr { display: grid; grid-template-columns: repeat(60, 1fr); padding: 4px 8px;
+    border-bottom: 1px solid var(--grid); }
+  #ledger tr > *, #bases tr > * { border: 0; padding: 2px; font-size: 13px; white-space: normal; }
   #ledger tr > :nth-child(1) { grid-column: span 24; } #ledger tr > :nth-child(2) { grid-column: span 11; }
   #ledger tr > :nth-child(3) { grid-column: span 25; } #ledger tr > :nth-child(n+4) { grid-column: span 12; }
-  #ledger tr:has(:nth-child(9)) > :nth-child(n+4) { grid-column: span 10; } }
+  #ledger tr:has(:nth-child(9)) > :nth-child(n+4) { grid-column: span 10; font-size: 11.5px;
+    padding: 2px 0; }
+  #bases tr > * { grid-column: span 30; } #bases tr > :nth-child(n+5) { grid-column: span 20; } }
 @media print { body { background: none; } main { max-width: none; padding: 0; } figure, .scroll { break-inside: avoid; } }
 """
 
@@ -138,7 +148,7 @@ def _render(plan: Plan, record: RunRecord, narrow: bool) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    columns = 1 if narrow else min(2, plan.panels)
+    columns = 1 if narrow else min(3 if plan.panels == 3 else 2, plan.panels)
     lines = -(-plan.panels // columns)
     panel_px = (300 if plan.panels == 1 else 240) if narrow else plan.height_px
     style: Any = {
@@ -218,6 +228,11 @@ def points(rows: Iterable[dict[str, Any]], key: str) -> tuple[list[float], list[
     """Ticks and values where `key` holds a finite number."""
     found = [(float(row["tick"]), value) for row in rows if (value := number(row.get(key))) is not None]
     return [x for x, _ in found], [y for _, y in found]
+
+
+def natural(key: str) -> list[tuple[int, str]]:
+    """Sort key by which boundary_10 comes after boundary_9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", key)]
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:

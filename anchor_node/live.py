@@ -22,7 +22,18 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from anchor_node.record import KIND_ORDER, LINK_KINDS, ByteCount, LedgerSummary, byte_text, number, share_text, whole
+from anchor_node.record import (
+    KIND_ORDER,
+    LINK_KINDS,
+    UPKEEP,
+    ByteCount,
+    LedgerSummary,
+    byte_text,
+    number,
+    share_text,
+    upkeep_text,
+    whole,
+)
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +83,7 @@ class LiveTable:
         self._by_kind: dict[str, int] = {}
         self._done = first_tick
         self._counts = {"commit": 0, "skip": 0}
-        self._last_eval = self._last_event = self._last_error = ""
+        self._last_eval = self._last_event = self._last_error = self._last_fault = self._last_probe = ""
         self._live: Live | None = None
         self._stderr_logs: list[tuple[logging.Handler, logging.Handler]] = []
 
@@ -200,6 +211,10 @@ class LiveTable:
         self._sizes = {old: of for old, of in self._sizes.items() if old >= self._ticks[0]["tick"] - 1}
         self._done = max(self._done, tick + 1)
         self._counts["skip" if row.get("outcome") == "skip" else "commit"] += 1
+        if row.get("fault"):
+            self._last_fault = _printable(row["fault"])  # it names its tick
+        if probe := _probe(row):
+            self._last_probe = f"{probe} at tick {tick}"
         return self._plain_line(row)
 
     def _plain_line(self, row: dict[str, Any]) -> str:
@@ -210,6 +225,10 @@ class LiveTable:
         dense, sent = self._sizes.get(row["tick"] - 1, (0, 0))
         if row["tick"] not in self._sizes and dense:
             parts.append(f"links of tick {row['tick'] - 1}: {byte_text(sent)}, {share_text(sent / dense)} of dense")
+        if probe := _probe(row):
+            parts.append(f"fidelity {probe}")
+        if row.get("fault"):
+            parts.append(f"fault: {_printable(row['fault'])}")
         return "  ".join(parts)
 
     # ---- drawing -----------------------------------------------------------------------------------------------------
@@ -281,14 +300,18 @@ class LiveTable:
     def _footer(self) -> Table:
         dense, sent = self._link
         lines = [
+            ("fidelity", self._last_probe, ""),
             ("validation", self._last_eval, ""),
             ("event", self._last_event, "dim"),
+            ("skipped", self._last_fault, "yellow"),
             ("error", self._last_error, "red"),
         ]
         if dense:
             kinds = ", ".join(f"{kind} {byte_text(of)}" for kind, of in self._by_kind.items() if kind not in LINK_KINDS)
             lines.insert(0, ("other bytes", kinds, "dim"))
-            lines.insert(0, ("links", f"{byte_text(sent)} sent, {share_text(sent / dense)} of dense", ""))
+            upkeep = sum(self._by_kind.get(kind, 0) for kind in UPKEEP)
+            full = f", {share_text((sent + upkeep) / dense)} with {upkeep_text(self._by_kind)}" if upkeep else ""
+            lines.insert(0, ("links", f"{byte_text(sent)} sent, {share_text(sent / dense)} of dense{full}", ""))
         if not self._ticks:
             lines.insert(0, ("waiting", "for the first tick", "dim"))
         grid = Table.grid(padding=(0, GAP, 0, 0))
@@ -311,6 +334,19 @@ def _printable(value: object) -> str:
     """One short line: what another machine wrote must not move the cursor of this terminal."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(value)[:400])
     return " ".join(text.split())
+
+
+def _probe(row: Mapping[str, Any]) -> str:
+    """What a fidelity probe of this tick found; empty without one."""
+    if number(row.get("fidelity/poisoned")):
+        return "met NaN"
+    kl = number(row.get("fidelity/kl"))
+    if kl is None:
+        return ""
+    found = (number(value) for key, value in row.items() if key.startswith("fidelity/grad_cosine/"))
+    cosines = sorted(cosine for cosine in found if cosine is not None)
+    range_ = f", gradient cosine {cosines[0]:.2f} to {cosines[-1]:.2f}" if cosines else ""
+    return f"KL {kl:.2g} nats a token{range_}"
 
 
 def _score(row: Mapping[str, Any], interval: bool = True) -> str:

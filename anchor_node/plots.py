@@ -5,7 +5,6 @@ Each draw function gets its panels and the run, and returns whether there was an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from anchor_node.drawing import (
     GREEN,
     GRID,
     INK,
+    MANY,
     MAX_POINTS,
     MUTED,
     ORANGE,
@@ -27,20 +27,20 @@ from anchor_node.drawing import (
     bytes_axis,
     curve,
     draw,
+    natural,
     percent_axis,
     points,
 )
-from anchor_node.record import LINK_KINDS, RunRecord, kind_rank, ledger_summary, mapping, number, share_text
+from anchor_node.link_plots import link_plans
+from anchor_node.record import LINK_KINDS, RunRecord, kind_rank, ledger_summary, number, share_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: More marks than this run into one another and are drawn as lines, bands or a fringe.
-MANY = 40
-
 
 def draw_all(record: RunRecord) -> list[Drawing]:
-    """All figures of a run, in reading order. One that has no data, or fails, says so instead of ending the report."""
+    """All figures of a run, in reading order. One that has no data, or fails, says so instead of ending the report;
+    those about links are left out where nothing was measured."""
     plans = (
         Plan(
             "reward",
@@ -68,14 +68,7 @@ def draw_all(record: RunRecord) -> list[Drawing]:
             "passes (rings) are never gated. The gate is silent until its window is full.",
             _dgg,
         ),
-        Plan(
-            "basis",
-            "Share of the signal the basis keeps",
-            "Weighted energy of activations (forward) and gradients (backward) that survives the projection, by "
-            "boundary. High energy is necessary, not sufficient: the compressed validation line above is the real test.",
-            _basis,
-            panels=2,
-        ),
+        *link_plans(record),
         Plan(
             "policy",
             "Policy: entropy, clipping, length",
@@ -222,7 +215,7 @@ def _bytes_by_tick(ax: Axes, record: RunRecord, kinds: Sequence[str]) -> None:
 def _kind_color(kind: str, kinds: Sequence[str]) -> str:
     """A colour of its own for each kind of a run; control, which is never much, is grey."""
     others = [other for other in kinds if other != "control"]
-    return MUTED if kind == "control" else SERIES[others.index(kind) % 6]
+    return MUTED if kind == "control" else SERIES[others.index(kind) % len(SERIES)]
 
 
 def _dgg(axes: Sequence[Axes], record: RunRecord) -> bool:
@@ -260,28 +253,6 @@ def _dgg(axes: Sequence[Axes], record: RunRecord) -> bool:
     ax.set_xlabel("tick")
     ax.set_ylabel("z (standard deviations)")
     return True
-
-
-def _basis(axes: Sequence[Axes], record: RunRecord) -> bool:
-    drawn = False
-    for ax, direction in zip(axes, ("forward", "backward"), strict=True):
-        prefix = f"basis/share_{direction}/"
-        keys = sorted({key for row in record.ticks for key in row if key.startswith(prefix)}, key=_natural)
-        for place, key in enumerate(keys):
-            name = key.removeprefix(prefix).replace("_", " ")
-            dash = DASHES[place // len(SERIES) % len(DASHES)]
-            drawn |= curve(ax, *points(record.ticks, key), SERIES[place % len(SERIES)], name, dash)
-        rank = number(mapping(record.manifest.get("ranks")).get(direction))
-        ax.set_title(f"{direction}, rank {rank:.0f}" if rank else direction)
-        ax.set_xlabel("tick")
-        ax.set_ylabel("captured share")
-        percent_axis(ax)
-    return drawn
-
-
-def _natural(key: str) -> list[tuple[int, str]]:
-    """Sort key by which boundary_10 comes after boundary_9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", key)]
 
 
 def _panel(
@@ -326,7 +297,7 @@ def _signal(axes: Sequence[Axes], record: RunRecord) -> bool:
 
 def _time(axes: Sequence[Axes], record: RunRecord) -> bool:
     drawn = _panel(axes[0], record, "Tick", "seconds", [("tick_s", "")])
-    stages = sorted({key for row in record.ticks for key in row if key.startswith("wait_s/")}, key=_natural)
+    stages = sorted({key for row in record.ticks for key in row if key.startswith("wait_s/")}, key=natural)
     for place, key in enumerate(stages):
         shares = [(float(row["tick"]), share) for row in record.ticks if (share := _waiting(row, key)) is not None]
         xs, ys = [x for x, _ in shares], [y for _, y in shares]

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +19,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-#: The kinds that cross a link inside a tick; "share of dense" is always the share of these two together.
+#: The kinds that cross a link inside a tick; a bare "share of dense" is always the share of these two together.
 LINK_KINDS = ("activation", "gradient")
+#: What compression costs besides: a dense run would send none of it.
+UPKEEP = {"basis": "bases", "sketch": "sketches", "fidelity": "fidelity probes"}
 #: Reading order of tables and plots: the fast path first, then the slow loop, then everything else.
-KIND_ORDER = (*LINK_KINDS, "basis", "sketch", "snapshot", "correction", "weights", "rollout", "state", "control")
+KIND_ORDER = (*LINK_KINDS, *UPKEEP, "snapshot", "correction", "weights", "rollout", "state", "control")
 
 Row = Mapping[str, Any]
 
@@ -85,6 +87,26 @@ class LedgerSummary:
     total: ByteCount = ByteCount()
     ticks: int = 0
     bad_rows: int = 0
+
+    @property
+    def full(self) -> ByteCount:
+        """The links and their upkeep against what the links alone would have cost dense."""
+        parts = [self.link, *(self.by_kind[kind] for kind in UPKEEP if kind in self.by_kind)]
+        wires = [part.wire for part in parts if part.wire is not None]
+        return ByteCount(
+            self.link.dense,
+            sum(part.packet for part in parts),
+            sum(part.message for part in parts),
+            sum(wires) if len(wires) == len(parts) else None,
+            sum(part.frames for part in parts),
+            sum(part.rows for part in parts),
+        )
+
+    @property
+    def full_text(self) -> str:
+        """The share of `full` with what it counts: "9.10 % with bases and sketches"; empty where there is no upkeep."""
+        names = upkeep_text(self.by_kind)
+        return f"{share_text(self.full.message_share)} with {names}" if names and self.link.dense else ""
 
 
 @dataclass(frozen=True)
@@ -158,6 +180,12 @@ def ledger_row(row: Row) -> LedgerRow:
     if not all(names) or "None" in names or min(sizes[1:]) < 0:
         raise ValueError(f"ledger row {dict(row)!r}: empty name or negative count")
     return LedgerRow(sizes[0], names[0], names[1], names[2], sizes[1], sizes[2], sizes[3], wire, sizes[4])
+
+
+def upkeep_text(kinds: Container[str]) -> str:
+    """The upkeep among these kinds, in words: "bases, sketches and fidelity probes"."""
+    *others, last = [name for kind, name in UPKEEP.items() if kind in kinds] or [""]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def read_ledger(path: Path) -> tuple[list[LedgerRow], int]:
@@ -242,7 +270,10 @@ def print_ledger(console: Console, summary: LedgerSummary) -> None:
         shares = (
             f"{share_text(summary.link.message_share)} of dense ({share_text(summary.link.packet_share)} as packets)"
         )
-        console.print(f"The links carried {shares}, {per_tick} a tick over {summary.ticks} ticks.", highlight=False)
+        full = f"; {summary.full_text}" if summary.full_text else ""
+        console.print(
+            f"The links carried {shares}, {per_tick} a tick over {summary.ticks} ticks{full}.", highlight=False
+        )
     if summary.bad_rows:
         console.print(f"{summary.bad_rows} ledger rows could not be read and are not in these sums.", highlight=False)
 

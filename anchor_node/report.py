@@ -8,11 +8,9 @@ that is still going gives the same page about what there is so far.
 
 from __future__ import annotations
 
-import html
 import os
-import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,24 +30,22 @@ from anchor_node.record import (
     share_text,
     whole,
 )
+from anchor_node.tables import (
+    basis_table,
+    byte_table,
+    counted,
+    duration,
+    escaped,
+    eval_table,
+    event_table,
+    knob_table,
+    percent,
+    probe_table,
+    skip_table,
+    vital_table,
+)
 
 __all__ = ["ByteCount", "LedgerSummary", "ledger_summary", "main", "print_ledger", "write_report"]
-
-#: Events are listed to this number, newest kept: a page of ten thousand lines helps nobody.
-MAX_EVENTS = 300
-
-# key, name, unit or percent, what a healthy run shows. The order is the order in which to look.
-VITALS = (
-    ("reward", "Reward", "", "rises"),
-    ("frac_reward_zero_std", "Groups without a reward difference", "%", "well below 100 %; at 100 % nothing is learnt"),
-    ("entropy", "Entropy", "nats", "falls slowly; a sudden rise or a fall to 0 is a collapse"),
-    ("completions/mean_length", "Completion length", "tokens", "steady; it runs away before the reward falls"),
-    ("completions/clipped_ratio", "Cut at the length limit", "%", "low; cut answers cannot be right"),
-    ("clip_ratio/region_mean", "Clip fraction", "%", "a few percent"),
-    ("grad_norm", "Gradient norm", "", "above 0 and steady, even where the loss is 0"),
-    ("sampling/sampling_logp_difference/mean", "Trainer against sampler", "nats", "small and steady"),
-    ("loss", "Loss", "", "near 0: says nothing about progress"),
-)
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -67,72 +63,51 @@ def write_report(run_dir: Path | str) -> Path:
 def _page(record: RunRecord, summary: LedgerSummary) -> str:
     name = str(record.knob("run", "name") or record.folder.resolve().name)
     drawings = draw_all(record)
+    below = {
+        "reward": (eval_table(record), skip_table(record)),
+        "bytes": (byte_table(summary),),
+        "basis": (basis_table(record),),
+        "fidelity": (probe_table(record),),
+        "signal": (vital_table(record),),
+    }
     figures = "".join(
-        f'<section id="{d.key}"><h2>{_text(d.title)}</h2>'
-        + (f"<figure>{d.wide}{d.narrow}<figcaption>{_text(d.caption)}</figcaption></figure>" if d.wide else "")
-        + ("" if d.wide else f'<p class="quiet">{_text(d.caption)}</p>')
-        + (_eval_table(record) if d.key == "reward" else "")
-        + (_byte_table(summary) if d.key == "bytes" else "")
-        + (_vitals(record) if d.key == "signal" else "")
+        f'<section id="{d.key}"><h2>{escaped(d.title)}</h2>'
+        + (f"<figure>{d.wide}{d.narrow}<figcaption>{escaped(d.caption)}</figcaption></figure>" if d.wide else "")
+        + ("" if d.wide else f'<p class="quiet">{escaped(d.caption)}</p>')
+        + "".join(below.get(d.key, ()))
         + "</section>"
         for d in drawings
     )
     digest = str(record.manifest.get("digest") or "")
-    stamp = f" · manifest <code>{_text(digest[:12])}</code>" if digest else ""
+    stamp = f" · manifest <code>{escaped(digest[:12])}</code>" if digest else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{_text(name)} · Kedge run</title><style>{PAGE_CSS}</style></head><body><main>"
-        f'<header><p class="quiet">Kedge run{stamp}</p><h1>{_text(name)}</h1>'
-        f'<p><span class="state" id="state">{_text(_state(record))}</span></p>'
+        f"<title>{escaped(name)} · Kedge run</title><style>{PAGE_CSS}</style></head><body><main>"
+        f'<header><p class="quiet">Kedge run{stamp}</p><h1>{escaped(name)}</h1>'
+        f'<p><span class="state" id="state">{escaped(_state(record))}</span></p>'
         f'<p class="lead">{_lead(record, summary)}</p></header>{_tiles(record, summary)}{_problems(record)}'
-        f"{figures}{_knobs(record)}{_events(record)}"
+        f"{figures}{knob_table(record)}{event_table(record)}"
         '<p class="quiet" style="margin-top:56px">Sizes are decimal: 1 MB is 1,000,000 bytes. Dense is what bf16 would '
         "have cost for the same rows. Packet is the encoded tensor with its header, message adds the wire contract’s "
-        "fields, wire is what was measured on the socket. Down is towards the last stage.</p></main></body></html>\n"
+        "fields, wire is what an Ethernet interface sends for it, computed. Down is towards the last stage.</p></main></body></html>\n"
     )
-
-
-def _text(value: object) -> str:
-    """Escaped, with unbreakable spaces between a number and its unit."""
-    return re.sub(
-        r"(?<=\d) (?=(?:%|[kMGT]?B|ms|min|h|s)(?:\W|$))|(?<=%) (?=±)|(?<=±) (?=\d)", "\u00a0", html.escape(str(value))
-    )
-
-
-def _duration(seconds: float) -> str:
-    whole_s = round(seconds)
-    hours, minutes = whole_s // 3600, whole_s // 60 % 60
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {whole_s % 60:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def _count(things: int, name: str) -> str:
-    return f"{things:,} {name}{'' if things == 1 else 's'}"
 
 
 def _scored(record: RunRecord) -> list[dict[str, Any]]:
     return [row for row in record.evals if number(row.get("eval/accuracy")) is not None]
 
 
-def _percent(row: dict[str, Any], key: str = "eval/accuracy") -> str:
-    value, half = number(row.get(key)), number(row.get("eval/interval95"))
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f} %" + (f" ± {100 * half:.1f}" if half is not None and key == "eval/accuracy" else "")
-
-
 def _state(record: RunRecord) -> str:
     done, target = len(record.ticks), whole(record.knob("run", "ticks"))
-    count = f"{done:,} of {_count(target, 'tick')}" if target else _count(done, "tick")
+    so_far = f"{done:,} of {counted(target, 'tick')}" if target else counted(done, "tick")
     if target and record.ticks and record.ticks[-1]["tick"] + 1 >= target:
-        return f"finished, {count}"
+        return f"finished, {so_far}"
     ends = [event for event in record.events if event.get("event") in ("start", "stop")]
     if ends and ends[-1]["event"] == "stop":  # a stop before a later start was resumed
         why = str(ends[-1].get("message") or "").strip()
-        return f"stopped after {count}" + (f": {why}" if why else "")
-    return f"unfinished: {count} so far"
+        return f"stopped after {so_far}" + (f": {why}" if why else "")
+    return f"unfinished: {so_far} so far"
 
 
 def _lead(record: RunRecord, summary: LedgerSummary) -> str:
@@ -143,19 +118,20 @@ def _lead(record: RunRecord, summary: LedgerSummary) -> str:
         gap = abs(last["eval/accuracy"] - first["eval/accuracy"])
         reach = sum(number(row.get("eval/interval95")) or 0.0 for row in (first, last))
         parts.append(
-            f"Validation went from {_percent(first)} to {_percent(last)} in {_count(len(record.ticks), 'tick')}"
+            f"Validation went from {percent(first)} to {percent(last)} in {counted(len(record.ticks), 'tick')}"
         )
         if reach:
             parts[-1] += "; the two 95 % intervals " + ("do not overlap" if gap > reach else "overlap")
         parts[-1] += "."
     elif record.ticks:
-        parts.append(f"{_count(len(record.ticks), 'tick')} so far, too few evaluations to tell progress.")
+        parts.append(f"{counted(len(record.ticks), 'tick')} so far, too few evaluations to tell progress.")
     else:
         parts.append("No tick has been recorded yet.")
     if summary.link.dense:
         share = share_text(summary.link.message_share)
-        parts.append(f"The links between the stages carried {share} of the bytes that dense bf16 would have taken.")
-    return _text(" ".join(parts))
+        parts.append(f"The links between the stages carried {share} of the bytes that dense bf16 would have taken")
+        parts[-1] += f"; {summary.full_text}." if summary.full_text else "."
+    return escaped(" ".join(parts))
 
 
 def _tiles(record: RunRecord, summary: LedgerSummary) -> str:
@@ -166,27 +142,29 @@ def _tiles(record: RunRecord, summary: LedgerSummary) -> str:
     stages = len(record.manifest.get("spans") or ()) or whole(record.knob("swarm", "stages")) or 0
     model = str(record.knob("model", "path", "name") or "unknown").rstrip("/")
     speeds = [speed for row in record.ticks if (speed := number(row.get("tokens_per_s"))) is not None]
-    scores = f"{_percent(scored[0])} → {_percent(scored[-1])}" if scored else "none yet"
+    scores = f"{percent(scored[0])} → {percent(scored[-1])}" if scored else "none yet"
     squeezed = (
-        "through compressed links at the end: " + _percent(scored[-1], "eval/accuracy_compressed") if scored else ""
+        "through compressed links at the end: " + percent(scored[-1], "eval/accuracy_compressed") if scored else ""
     )
     link, total = summary.link, summary.total
+    shares = f"activations and gradients as messages, {share_text(link.packet_share)} as packets"
+    shares += f"; {summary.full_text}" if summary.full_text else ""
+    shares += f" · {byte_text(link.message)} for {byte_text(link.dense)}"
     measured = f", {byte_text(total.wire)} on the wire" if total.wire is not None else ""
     cells = (
         ("model", "Model", model.rsplit("/", 1)[-1], _shape_text(record)),
-        ("stages", "Pipeline", _count(stages, "stage") if stages else "unknown", _layers_text(record)),
-        ("links", "Links", _count(stages - 1, "link") if stages else "unknown", _codec_text(record)),
+        ("stages", "Pipeline", counted(stages, "stage") if stages else "unknown", _layers_text(record)),
+        ("links", "Links", counted(stages - 1, "link") if stages else "unknown", _codec_text(record)),
         ("ticks", "Ticks", f"{len(record.ticks) - len(skips):,} committed",
          f"{len(skips)} skipped" + (f" ({why})" if why else "") + f" · {batches:,} rollout batch{'' if batches == 1 else 'es'}"),
         ("validation", "Validation, start → end", scores, squeezed),
-        ("share", "Links, share of dense", share_text(link.message_share),
-         f"as messages; {share_text(link.packet_share)} as packets · {byte_text(link.message)} for {byte_text(link.dense)}"),
-        ("bytes", "All bytes sent", byte_text(total.message), _count(total.frames, "frame") + measured),
-        ("wall", "Wall time", _duration(record.wall_s),
+        ("share", "Links, share of dense", share_text(link.message_share), shares),
+        ("bytes", "All bytes sent", byte_text(total.message), counted(total.frames, "frame") + measured),
+        ("wall", "Wall time", duration(record.wall_s),
          f"median {median(speeds):,.0f} tokens/s" if speeds else "speed not recorded"),
     )  # fmt: skip
     body = "".join(
-        f'<div><dt>{_text(label)}</dt><dd id="{key}-tile"><b>{_text(value)}</b>{_text(note)}</dd></div>'
+        f'<div><dt>{escaped(label)}</dt><dd id="{key}-tile"><b>{escaped(value)}</b>{escaped(note)}</dd></div>'
         for key, label, value, note in cells
     )
     return f'<dl class="tiles">{body}</dl>'
@@ -219,135 +197,7 @@ def _codec_text(record: RunRecord) -> str:
 
 
 def _problems(record: RunRecord) -> str:
-    return f"<aside>{''.join(f'<p>{_text(line)}</p>' for line in record.problems)}</aside>" if record.problems else ""
-
-
-def _table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], numbers_from: int, name: str) -> str:
-    """A table whose columns from `numbers_from` on are right-aligned; each row is (css class, cells), escaped here."""
-
-    def cell(tag: str, place: int, value: str) -> str:
-        side = ' class="n"' if place >= numbers_from else ""
-        return f"<{tag}{side}>{_text(value)}</{tag}>"
-
-    top = "".join(cell("th", place, value) for place, value in enumerate(head))
-    body = "".join(
-        f'<tr class="{css}">' + "".join(cell("td", place, value) for place, value in enumerate(cells)) + "</tr>"
-        for css, cells in rows
-    )
-    return f'<div class="scroll"><table id="{name}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _folded(title: str, body: str, opened: bool) -> str:
-    return f"<details{' open' if opened else ''}><summary>{_text(title)}</summary>{body}</details>"
-
-
-def _eval_table(record: RunRecord) -> str:
-    def plain(row: dict[str, Any], key: str, form: str) -> str:
-        value = number(row.get(key))
-        return "–" if value is None else format(value, form)
-
-    rows = [
-        ("", (str(row["tick"]), _percent(row), _percent(row, "eval/accuracy_compressed"),
-              plain(row, "eval/mean_length", ".1f"), plain(row, "eval/prompts", ",.0f")))
-        for row in record.evals
-    ]  # fmt: skip
-    if not rows:
-        return ""
-    head = ("tick", "validation, 95 % interval", "through compressed links", "mean length, tokens", "prompts")
-    return _folded(_count(len(rows), "evaluation"), _table(head, rows, 0, "evaluations"), False)
-
-
-def _byte_table(summary: LedgerSummary) -> str:
-    if not summary.by_flow:
-        return ""
-    measured = any(count.wire is not None for count in summary.by_flow.values())
-
-    def cells(count: ByteCount) -> tuple[str, ...]:
-        wire = (byte_text(count.wire) if count.wire is not None else "–",) if measured else ()
-        dense = byte_text(count.dense) if count.dense else "–"
-        sizes = (dense, byte_text(count.packet), byte_text(count.message), *wire)
-        return (*sizes, share_text(count.message_share), f"{count.frames:,}")
-
-    rows = [("", (*flow, *cells(count))) for flow, count in summary.by_flow.items()]
-    rows.append(("sum", ("all links", "", "activation + gradient", *cells(summary.link))))
-    rows.append(("sum", ("everything", "", "", *cells(summary.total))))
-    sizes = ("dense", "packet", "message", *(("wire",) if measured else ()), "message / dense", "frames")
-    table = _table(("link", "direction", "kind", *sizes), rows, 3, "ledger")
-    return _folded("Every link, direction and kind", table, True)
-
-
-def _vitals(record: RunRecord) -> str:
-    """The note on the loss, and the numbers to look at in its place: means over the first and last tenth of the run."""
-    part = max(1, len(record.ticks) // 10)
-
-    def level(rows: Sequence[dict[str, Any]], key: str, unit: str) -> str:
-        values = [value for row in rows if (value := number(row.get(key))) is not None]
-        if not values:
-            return "–"
-        mean = sum(values) / len(values)
-        return f"{100 * mean:.1f} %" if unit == "%" else f"{mean:.3g} {unit}".strip()
-
-    rows = [
-        ("", (name, level(record.ticks[:part], key, unit), level(record.ticks[-part:], key, unit), hint))
-        for key, name, unit, hint in VITALS
-    ]
-    note = (
-        "<h2>What to look at instead of the loss</h2><p>A GRPO loss near 0 is normal and does not mean that nothing is "
-        "learnt. Advantages are centred within each group, so while the importance ratios are still close to 1 the terms "
-        "cancel in the sum, and their gradients do not. Look at these, in this order; each is the mean "
-        f"over the first and the last {_count(part, 'tick')}.</p>"
-    )
-    return note + _table(("", "start", "end", "a healthy run"), rows, 4, "vitals") if record.ticks else note
-
-
-def _knobs(record: RunRecord) -> str:
-    config = mapping(record.manifest.get("config"))
-    if not config:
-        return ""
-    known = _knob_texts()
-    rows: list[tuple[str, Sequence[str]]] = []
-    for section, knobs in config.items():
-        items = knobs.items() if isinstance(knobs, dict) else [("", knobs)]
-        for name, value in items:
-            unit, meaning = known.get((section, name), ("", ""))
-            rows.append(("", (f"{section}.{name}".rstrip("."), _knob_value(value), unit, meaning)))
-    table = _table(("knob", "value", "unit", "meaning"), rows, 4, "knobs")
-    return f"<section><h2>Knobs of the run</h2>{table}</section>"
-
-
-def _knob_value(value: object) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _knob_texts() -> dict[tuple[str, str], tuple[str, str]]:
-    """(unit, meaning) of each knob, as the run manifest documents them; a manifest of another version may know others."""
-    from swarm_core.config import RunConfig
-
-    texts = {}
-    for section, table in RunConfig.model_fields.items():
-        for name, about in getattr(table.annotation, "model_fields", {}).items():
-            extra = about.json_schema_extra if isinstance(about.json_schema_extra, dict) else {}
-            texts[section, name] = (str(extra.get("unit", "")), str(about.description or ""))
-    return texts
-
-
-def _events(record: RunRecord) -> str:
-    if not record.events:
-        return ""
-    rows = []
-    for event in record.events[-MAX_EVENTS:]:
-        time_s, tick = number(event.get("time_s")), whole(event.get("tick"))
-        when = "–" if time_s is None else _duration(time_s)
-        where = "–" if tick is None else str(tick)
-        rows.append(("", (when, where, str(event.get("event") or "event"), str(event.get("message") or ""))))
-    left = len(record.events) - len(rows)
-    title = _count(len(rows), "event") + (f", the newest of {len(record.events)}" if left else "")
-    table = _table(("time", "tick", "event", "message"), rows, 4, "events")
-    return f"<section><h2>Events</h2>{_folded(title, table, len(rows) <= 12)}</section>"
+    return f"<aside>{''.join(f'<p>{escaped(line)}</p>' for line in record.problems)}</aside>" if record.problems else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -337,8 +337,9 @@ class AnchorService:
                 await asyncio.wait_for(everybody_left, timeout=10.0)
         except TimeoutError:
             log.warning("not everybody left within 10 s: %s", [box.stream.peer for box in everyone])
-        await self.server.stop()
-        self.books.ledger(self.ledger.take())
+        finally:  # also when this is cancelled: a server that was never stopped keeps its process at the exit
+            await self.server.stop()
+            self.books.ledger(self.ledger.take())
 
     def _welcome(self) -> Welcome:
         return Welcome(self.manifest.to_json(), self.digest, self.roster.epoch)

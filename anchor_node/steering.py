@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 MOST_CHANGE = 2.0  # of a step in one refresh: the next window says what it did
 GROWTH = 1.25  # of a rank whose basis holds no further direction: the power iteration has to find them first
+DAMPING = 0.5  # a window is not a whole number of batches, and a batch's first pass costs more than its others
 DEAD_BAND = 0.05  # of the budget; steps below it would follow the noise of a window
 # What a budget out of reach may drive a step to: finer ones do not fit the integers of a wide model's largest column
 # (32767 steps), and coarser ones leave nothing of a row.
@@ -77,7 +78,7 @@ class Steering:
             return Decision(rank, 0.0, f"{seen}: rank {window.rank} -> {rank}")
         # Halving the step costs one bit in each column that it leaves something of.
         live = max(1, sum(_spread(share, window.width) >= KEEP * window.step for share in window.shares))
-        change = 2.0 ** (8.0 * (window.bytes_per_token - aim) / live)
+        change = 2.0 ** (DAMPING * 8.0 * (window.bytes_per_token - aim) / live)
         wanted = window.step * min(MOST_CHANGE, max(1.0 / MOST_CHANGE, change))
         step = min(COARSEST, max(FINEST, wanted))
         rank = self._worth_it(window, step)

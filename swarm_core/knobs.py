@@ -246,9 +246,9 @@ class LinksSection(Section):
     )
     quantiser_backward: Quantiser = knob("uniform", "the same of gradients")
     step_forward: float = knob(
-        0.5, "quantiser_forward = uniform: its step, in coefficients of a token of rms 1", gt=0, le=64
+        0.25, "quantiser_forward = uniform: its step, in coefficients of a token of rms 1", ge=1 / 64, le=64
     )
-    step_backward: float = knob(0.5, "the same of gradients", gt=0, le=64)
+    step_backward: float = knob(0.25, "the same of gradients", ge=1 / 64, le=64)
     gradient_scale: Literal["packet", "row"] = knob(
         "packet", "quantiser_backward = uniform: steps relative to the packet's rms, or to each token's"
     )

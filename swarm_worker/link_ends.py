@@ -28,8 +28,9 @@ from swarm_worker.fidelity import exact
 from swarm_worker.schedule import COMPRESSED, DENSE, Stamp
 from swarm_worker.sketching import Sketcher
 
-# Rows of a packet that measures and sketches look at: enough for both, and a bound on what they cost beside the codec.
-WATCHED_ROWS = 512
+# Rows of a packet that sketches and measures look at, which bounds what they cost beside the codec. A mean of errors
+# needs fewer than a moment of R directions.
+SKETCHED_ROWS, MEASURED_ROWS = 512, 128
 MIB = 1 << 20
 
 Bases = dict[int, dict[tuple[int, Direction], Basis]]
@@ -145,7 +146,7 @@ class LinkEnd:
 
     @torch.no_grad()
     def _watch_sent(self, direction: Direction, basis: Basis, x_UH: Tensor, packet_bytes: int) -> None:
-        rows_UH = _watched(x_UH)
+        rows_UH = _every(x_UH, MEASURED_ROWS)
         weights_U = rms_weights(rows_UH) if direction is Direction.FORWARD else None
         encoder_HR, decoder_RH = basis.encoder_HR, basis.decoder_RH
         if self.spec.basis_direction(direction) is not direction:  # `exact` sends gradients the way back
@@ -156,6 +157,7 @@ class LinkEnd:
         self._measure(f"basis/share_{direction.name.lower()}", 1.0 - missed / total, len(x_UH))
         self._measure(f"basis/error_{direction.name.lower()}", error / total, len(x_UH))
         if self._sketcher is not None and self.spec.basis_direction(direction) is direction:
+            rows_UH = _every(x_UH, SKETCHED_ROWS)
             self._sketcher.watch_sent((self.boundary, direction), basis, rows_UH, len(x_UH), packet_bytes)
 
     @torch.no_grad()
@@ -163,7 +165,8 @@ class LinkEnd:
         """The activations that arrived and their gradients: the metric that the activation basis is fitted in."""
         basis = self._basis(stamp, Direction.FORWARD)
         if basis is not None and self._sketcher is not None and stamp.mode is Mode.TRAIN:
-            self._sketcher.watch_received((self.boundary, Direction.FORWARD), basis, _watched(h_UH), _watched(grad_UH))
+            rows_UH, grads_UH = _every(h_UH, SKETCHED_ROWS), _every(grad_UH, SKETCHED_ROWS)
+            self._sketcher.watch_received((self.boundary, Direction.FORWARD), basis, rows_UH, grads_UH)
 
     def _measure(self, name: str, value: Tensor, rows: int) -> None:
         self._measures.setdefault(f"{name}/boundary_{self.boundary}", []).append((value, rows))
@@ -185,9 +188,9 @@ def _seed(*place: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _watched(x_UH: Tensor) -> Tensor:
-    """Every k-th row, so that at most WATCHED_ROWS are left."""
-    return x_UH.detach()[:: -(-len(x_UH) // WATCHED_ROWS) or 1].float()
+def _every(x_UH: Tensor, most: int) -> Tensor:
+    """Every k-th row, so that at most `most` are left."""
+    return x_UH.detach()[:: -(-len(x_UH) // most) or 1].float()
 
 
 def _energy(x_UH: Tensor, weights_U: Tensor | None) -> Tensor:

@@ -9,8 +9,10 @@ from typing import Any
 
 from experiments.codec.figures import MARGIN, Cell, Interval
 
+LOWEST = -0.032  # of the plot: what lost more stands at its foot, so that the others can be told apart
+
 TITLES = (
-    "cell", "seeds", "bytes/token down", "up", "% of dense", "of it basis, sketch", "accuracy", "less dense, 95 %",
+    "", "cell", "seeds", "bytes/token down", "up", "% of dense", "of it basis, sketch", "accuracy", "less dense, 95 %",
     f"non-inferior at {MARGIN}", "through the links", "less dense, 95 %", "KL start", "KL end", "worst dlogp",
     "cos start", "cos end",
 )  # fmt: skip
@@ -18,7 +20,8 @@ TITLES = (
 
 def table(cells: Sequence[Cell]) -> str:
     """A markdown table, a line a cell."""
-    lines = [TITLES, ["---", *["--:"] * (len(TITLES) - 1)], *map(_line, cells)]
+    numbered = [[str(number), *_line(c)] for number, c in enumerate(cells)]
+    lines = [TITLES, ["--:", "---", *["--:"] * (len(TITLES) - 2)], *numbered]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -99,7 +102,7 @@ def _of_the_cell(key: str) -> bool:
 
 
 def plot(models: Mapping[str, Sequence[Cell]], file: Path) -> None:
-    """Accuracy less dense against % of dense bytes, both kinds of accuracy, one panel a model."""
+    """Accuracy less dense against % of dense bytes, both kinds of accuracy, one panel a model; numbers as in the table."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -110,17 +113,24 @@ def plot(models: Mapping[str, Sequence[Cell]], file: Path) -> None:
     for axis, (name, cells) in zip(axes[0], shown.items(), strict=True):
         kinds = ("weights", "o", "trained weights"), ("links", "x", "the same through the links")
         for what, marker, label in kinds:
-            points = [(c, d) for c in cells if (d := getattr(c, f"{what}_less_dense")) is not None]
-            x, y = [100 * c.share_of_dense for c, _ in points], [d.mean for _, d in points]
-            half = [0.0 if math.isinf(d.half) else d.half for _, d in points]
-            axis.errorbar(x, y, yerr=half, fmt=marker, capsize=2, linewidth=1, label=label)
-        for c in cells:
-            if c.weights_less_dense is not None:
-                point = (100 * c.share_of_dense, c.weights_less_dense.mean)
-                axis.annotate(c.name, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+            points = [(n, c, d) for n, c in enumerate(cells) if (d := getattr(c, f"{what}_less_dense")) is not None]
+            x, y = [100 * c.share_of_dense for _, c, _ in points], [max(d.mean, LOWEST) for *_, d in points]
+            half = [0.0 if math.isinf(d.half) or d.mean < LOWEST else d.half for *_, d in points]
+            bars = axis.errorbar(x, y, yerr=half, fmt=marker, capsize=2, linewidth=1, label=label)
+            for (number, _, found), *point in zip(points, x, y, strict=True):
+                text = str(number) if found.mean >= LOWEST else f"{number}: {found.mean:+.2f}"
+                side = (3, 4) if what == "weights" else (3, -10 - 9 * (found.mean < LOWEST) * (number % 2))
+                axis.annotate(
+                    text, point, xytext=side, textcoords="offset points", fontsize=7, color=bars[0].get_color()
+                )
         axis.axhline(-MARGIN, linestyle=":", color="grey", linewidth=1)
         axis.axvline(3.0, linestyle=":", color="grey", linewidth=1)
-        axis.set(xscale="log", title=name, xlabel="bytes on the links, % of dense bf16", ylabel="accuracy less dense")
+        axis.set_xscale("log")
+        axis.set_ylim(LOWEST - 0.003, 0.008)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(which="minor", labelsize=7)
+        axis.set(title=name, xlabel="bytes on the links, % of dense bf16", ylabel="accuracy less dense")
         axis.legend(fontsize=8)
     figure.savefig(file, dpi=120)
     plt.close(figure)

@@ -17,7 +17,7 @@ from codec.fit import orthonormalise
 from codec.link_codec import LinkCodec
 from codec.reuse import ReuseStore
 from codec.spec import Direction, LinkSpec
-from swarm_worker.link_ends import WATCHED_ROWS
+from swarm_worker.link_ends import MEASURED_ROWS, SKETCHED_ROWS
 from swarm_worker.sketching import Sketcher
 
 ROWS, WIDTH, RANKS = 4096, 1536, (16, 77, 180)
@@ -111,10 +111,10 @@ def watching(data: Data, rank: int) -> Case:
     codec = LinkCodec(LinkSpec("lowrank", WIDTH, rank, rank, quantiser_forward="uniform"))
 
     def watch() -> bytes:
-        rows_UH = data.rows_NH[:: ROWS // WATCHED_ROWS]
+        rows_UH = data.rows_NH[:: ROWS // MEASURED_ROWS]
         (rows_UH - rows_UH @ basis.encoder_HR @ basis.decoder_RH).square().sum()
         (rows_UH - codec.project(rows_UH, Direction.FORWARD, basis)).square().sum()
-        sketcher.watch_sent((0, Direction.FORWARD), basis, rows_UH, ROWS, 0)
+        sketcher.watch_sent((0, Direction.FORWARD), basis, data.rows_NH[:: ROWS // SKETCHED_ROWS], ROWS, 0)
         return b""
 
     return Case("sketch and fidelity", rank, (watch, lambda packet: None))

@@ -255,3 +255,40 @@ def test_a_terminal_that_fails_leaves_plain_lines(monkeypatch: pytest.MonkeyPatc
     with table:
         table.update(tick_row(0))
     assert out.getvalue().startswith("tick 0  batch/pass 0/1  reward 0.250")
+
+
+def test_a_fault_stands_beside_its_skip_and_stays_in_sight() -> None:
+    told = f"stage 1, microbatch 3, tick 4: 12 numbers are NaN{ESCAPE}[2J"
+    for table, out in (piped(), on_terminal()):
+        table.update(tick_row(4, outcome="skip", skip_reason="nonfinite", fault=told))
+        table.update(tick_row(5))
+        if table.plain:
+            skipped, after = out.getvalue().splitlines()
+            assert "outcome nonfinite" in skipped and skipped.endswith("fault: " + told.replace(ESCAPE, " "))
+            assert "fault" not in after
+        else:
+            assert any(re.match(r"skipped\s+stage 1, microbatch 3, tick 4", line) for line in drawn(table))
+
+
+def test_the_last_probe_of_the_links_is_shown() -> None:
+    numbers = {"fidelity/kl": 0.01234, "fidelity/grad_cosine/stage_0": 0.71, "fidelity/grad_cosine/stage_1": 0.975}
+    said = "KL 0.012 nats a token, gradient cosine 0.71 to 0.97"
+    for table, out in (piped(), on_terminal()):
+        table.update(tick_row(4, **numbers))
+        table.update(tick_row(5))
+        if table.plain:
+            assert ["fidelity " + said in line for line in out.getvalue().splitlines()] == [True, False]
+        else:
+            assert any(line.startswith("fidelity") and f"{said} at tick 4" in line for line in drawn(table))
+        table.update(tick_row(6, **{"fidelity/poisoned": 1}))
+        assert "met NaN" in (out.getvalue() if table.plain else "\n".join(drawn(table)))
+
+
+def test_the_upkeep_of_the_links_is_counted_in_the_second_share() -> None:
+    table, _ = on_terminal()
+    table.update(tick_row(7))
+    totals = {"activation": [2000, 90, 100], "gradient": [2000, 190, 200], "weights": [9000, 9000, 9000]}
+    table.bytes_update(totals | {"basis": [50, 50, 60], "fidelity": [0, 30, 40]})
+    lines = drawn(table)
+    assert any("300 B sent, 7.50 % of dense, 10.0 % with bases and fidelity probes" in line for line in lines)
+    assert any("basis 60 B, fidelity 40 B, weights 9.0 kB" in line for line in lines)

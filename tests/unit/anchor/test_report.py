@@ -150,7 +150,9 @@ def test_headline_has_the_exact_numbers(whole_run: Path) -> None:
         "wall": "32.0 smedian 4,321 tokens/s",
     }
     # 16 x (60 + 110) of 16 x 2000 bytes; with packets 16 x 150.
-    assert page.texts["share-tile"] == "8.50 %as messages; 7.50 % as packets · 2.7 kB for 32.0 kB"
+    assert page.texts["share-tile"] == (
+        "8.50 %activations and gradients as messages, 7.50 % as packets · 2.7 kB for 32.0 kB"
+    )
     assert page.texts["bytes-tile"] == f"{byte_text(16 * 190 + 2100)}81 frames"
     assert page.texts["state"] == "finished, 16 of 16 ticks"
     assert "the two 95 % intervals do not overlap" in page.source.replace("\u00a0", " ")
@@ -363,7 +365,7 @@ def test_what_cannot_be_negative_has_no_axis_below_zero(tmp_path: Path) -> None:
 
 
 def test_each_kind_of_a_run_has_a_colour_of_its_own() -> None:
-    kinds = ["activation", "gradient", "basis", "sketch", "weights", "rollout", "control"]
+    kinds = ["activation", "gradient", "basis", "sketch", "fidelity", "weights", "rollout", "control"]
     assert len({_kind_color(kind, kinds) for kind in kinds}) == len(kinds)
 
 

@@ -118,7 +118,7 @@ def test_what_the_stages_take_from_it(base: Manifest) -> None:
     assert (base.stages, base.boundaries) == (3, 2)
     assert [span.first_layer for span in base.spans[1:]] == [span.last_layer for span in base.spans[:-1]]
     link = base.link()
-    assert (link.kind, link.width, link.rank_forward) == ("lowrank", base.width, round(base.width / 4))
+    assert (link.kind, link.width, link.rank_forward) == ("lowrank", base.width, round(base.width / 2))
     dense = changed(base, "links", kind="none").link()
     assert (dense.kind, dense.rank_forward, dense.rank_backward, dense.dtype) == ("none", 0, 0, "fp32")
     lossless = changed(base, "links", kind="identity")

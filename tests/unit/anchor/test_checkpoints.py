@@ -167,12 +167,12 @@ def test_a_changed_knob_is_named_with_both_values(tmp_path: Path) -> None:
     told(tmp_path, old)
     free = {"run.ticks": "999", "sampler.eval_every": "7", "checkpoint.keep": "5", "run.threads": "2"}
     assert resumable(tmp_path, manifest(**free)) == checkpoint
-    changed = manifest(**free, **{"grpo.max_reuse": "1", "links.rank_forward": "0.5", "optimizer.schedule": "linear"})
+    changed = manifest(**free, **{"grpo.max_reuse": "1", "links.rank_forward": "0.4", "optimizer.schedule": "linear"})
     with pytest.raises(CheckpointError) as caught:
         resumable(tmp_path, changed)
     text = str(caught.value)
     assert "tick-00000003" in text and "\n" not in text
-    for words in ("grpo.max_reuse 4 -> 1", "links.rank_forward 0.25 -> 0.5", "run.ticks 160 -> 999"):
+    for words in ("grpo.max_reuse 4 -> 1", "links.rank_forward 0.5 -> 0.4", "run.ticks 160 -> 999"):
         assert words in text
     assert "eval_every" not in text and "threads 1" not in text
 

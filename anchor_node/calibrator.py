@@ -171,7 +171,7 @@ class BasisKeeper:
                 matrix = self._steered(key, version, old.step, made, seen)
                 self.share[key] = float(made.eigenvalues_R.sum()) / made.total
                 refreshed += 1
-            except (SpecError, BadFrame) as error:
+            except (SpecError, BadFrame, torch.linalg.LinAlgError) as error:
                 log.warning("basis of boundary %d, %s, stays as it is: %s", key[0], key[1].name.lower(), error)
             matrices.append(matrix)
         if not refreshed:
@@ -191,16 +191,19 @@ class BasisKeeper:
     def _steered(self, key: Key, version: int, step: float, made: Fit, seen: _Sum) -> BasisMatrix:
         """The matrix of a fit, with the rank and the step that the steering wants; as they are without one."""
         rank = made.encoder_HR.shape[1]
-        if key[1] in self._steering and seen.rows:
+        decision = None
+        if key[1] in self._steering and seen.rows and seen.packet_bytes:
             # With `total` for the width, a share's spread is the coefficient's own, whatever the metric.
             shares = [value / made.total for value in made.eigenvalues_R.tolist()]
             window = Window(shares, made.total, seen.packet_bytes / seen.rows, step)
-            self.decisions[key] = self._steering[key[1]].decide(window)
-            rank, step = self.decisions[key].rank, self.decisions[key].step
+            decision = self._steering[key[1]].decide(window)
+            rank, step = decision.rank, decision.step
         basis = Basis(version, made.encoder_HR, made.decoder_RH)
         encoder_HR, decoder_RH = widened(basis, rank)  # as it is, when there are as many
         matrix = _matrix(key, version, encoder_HR[:, :rank], decoder_RH[:rank], step)
         basis_of(matrix, version, self.spec)  # what rounding broke must not be sent
+        if decision is not None:
+            self.decisions[key] = decision
         return matrix
 
     def _read(self, bases: BasisSet) -> dict[Key, Basis]:

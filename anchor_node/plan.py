@@ -66,9 +66,13 @@ def print_plan(config: RunConfig) -> None:
     forward, backward = packet_bytes(link, Direction.FORWARD, tokens), packet_bytes(link, Direction.BACKWARD, tokens)
     dense = 2 * dense_bytes(link.width, tokens)
     console.print(
-        f"one tick, one link, {tokens:,} tokens at most, prompts included: {byte_text(forward)} down, "
+        f"one tick, one link, {tokens:,} tokens at most, prompts included: at most {byte_text(forward)} down, "
         f"{byte_text(backward)} up, {(forward + backward) / dense:.1%} of dense bf16"
     )
+    if link.kind == "lowrank" and "uniform" in (link.quantiser_forward, link.quantiser_backward):
+        console.print(
+            "packed coefficients, shared prompts and reuse deltas make it many times less: see benchmarks/codec.md"
+        )
     if g.ticks_per_pass * g.max_reuse > 1:
         console.print(
             f"before its first tick a batch crosses once more, down only (score pass): "

@@ -31,6 +31,9 @@ _INDEPENDENT_SHARE: Final = 1e-6
 # A sketch in bf16 has entries off by 2^-9, so a Gram matrix of it, its diagonal scaled to 1, may have eigenvalues that
 # far below zero; adding up to this much makes it definite. What needs more has dependent columns.
 _LARGEST_JITTER: Final = 1e-2
+# |C E| <= trace(C) max||E_r||, and a basis has no column longer than 2^10: what is beyond is no sketch, and products of
+# it could leave fp64. The same for traces that no window of fp32 rows has.
+_LARGEST_SHARE, _SMALLEST_TRACE = 1e6, 1e-90
 
 
 class Fit(NamedTuple):
@@ -150,11 +153,12 @@ def _scaled(e_HR: Tensor, d_RH: Tensor, eigenvalues_R: Tensor, total: float) -> 
 def _checked(v_HR: Tensor, trace: float, like_HR: Tensor) -> Tensor:
     """A sketch in fp64 on the CPU, scaled to a mean eigenvalue of 1."""
     exact_HR = v_HR.detach().to("cpu", torch.float64)
-    if exact_HR.shape != like_HR.shape or not 0.0 < trace < float("inf") or not torch.isfinite(exact_HR).all():
+    in_range = _SMALLEST_TRACE < trace < 1 / _SMALLEST_TRACE and bool((exact_HR.abs() <= _LARGEST_SHARE * trace).all())
+    if exact_HR.shape != like_HR.shape or not in_range:  # NaN is not in range
         raise SpecError(
             "sketch",
             f"{list(v_HR.shape)}, trace {trace}",
-            f"{list(like_HR.shape)}, all finite, with a trace above 0",
+            f"{list(like_HR.shape)}, all finite, with a trace above 0 that it is in proportion to",
             "drop this sketch and keep the old basis",
         )
     return exact_HR * (len(exact_HR) / trace)

@@ -184,6 +184,10 @@ class LinkCodec:
     ) -> Coefficients:
         references = None
         if header.references != NO_REFERENCES:
+            if not self.spec.reuse or direction != Direction.FORWARD:
+                raise PacketError(
+                    "references", f"{header.references:#010x}", "none, on a link or direction without reuse"
+                )
             references = rows.references(basis.version, basis.rank) if rows is not None else None
             if references is None or references.checksum != header.references:
                 raise ReferenceMismatch(header.references, references.checksum if references is not None else 0)

@@ -5,8 +5,8 @@ the integers q of the pass before, and what travels is q_new - q_old (the activa
 but as integers: the receiver has exactly what it would have without, and errors cannot add up). A row keeps the scale
 that its first pass gave it. Samples are known by a key, so that other microbatches may hold them on the next pass.
 
-The same packets give the same store on both ends, in whatever order they come between two calls of `settle`. What one
-end lost, the checksum over the references of a packet tells, and the rows are sent whole (`LinkCodec.encode_whole`).
+The same packets in the same order give the same store on both ends; the order matters only where a key is in two of
+them, and then the later one counts. What one end lost, the checksum over the references of a packet tells, and the rows are sent whole (`LinkCodec.encode_whole`).
 
 Shape legend: N rows of a packet, T rows of a sample, R coefficients a row.
 """

@@ -233,7 +233,11 @@ class LinksSection(Section):
         "lowrank", "lowrank = projected on a basis; none = dense bf16; identity = lossless, for tests"
     )
     # r = 77 of 1536 is the 5 % of the seeds; a gradient needed rank 105 to 180 of 1536 for 90 % of its energy.
-    rank_forward: Rank = knob(0.05, "most columns of the activation basis", range=RANK_RANGE)
+    rank_forward: Rank = knob(
+        0.05,
+        "most columns of the activation basis; the share is for wide models, below 512 it needs more",
+        range=RANK_RANGE,
+    )
     rank_backward: Rank = knob(0.12, "most columns of the gradient basis; unused by backward = exact", range=RANK_RANGE)
     fit: Literal["metric", "weighted", "plain"] = knob(
         "metric",
@@ -266,7 +270,10 @@ class LinksSection(Section):
     )
     zstd: Literal["auto", "off"] = knob("auto", "auto = zstd where it is measured to pay")
     bytes_per_token: float | None = knob(
-        None, "steps and ranks are steered to this cost of a token, a boundary and direction", unit="bytes", gt=0
+        None,
+        "steps and ranks are steered to this cost of a row that crosses, a boundary and direction",
+        unit="bytes",
+        gt=0,
     )
     target_share: float | None = knob(
         None, "ranks are steered to this captured share, a boundary and direction", gt=0, lt=1

@@ -48,7 +48,7 @@ class Admission:
         """The largest payload this frame may have: for a tensor, exactly what its microbatch makes it, uncompressed."""
         if header.kind is FrameKind.BATCH:
             return BATCH_LIMIT
-        if header.kind is FrameKind.RESEND:
+        if header.kind in (FrameKind.RESEND, FrameKind.WARM):
             return 0
         if header.kind not in (FrameKind.ACTIVATION, FrameKind.GRADIENT):
             return MAX_MESSAGE_BYTES

@@ -57,7 +57,7 @@ class Sketcher:
     def watch_sent(self, key: Key, basis: Basis, x_NH: Tensor, packet_rows: int, packet_bytes: int) -> None:
         """Rows that went over a boundary, activations or gradients: all of a packet's, or a sample of them.
 
-        `packet_rows` and `packet_bytes` are the packet's own; a probe or a repeat that should not count passes 0.
+        `packet_rows` and `packet_bytes` are the packet's own.
         """
         window = self._window(key, MOMENT, basis)
         window.rows += packet_rows

@@ -161,10 +161,10 @@ class Assembler:
         proto, payload = _split(message)
         header = _header_of(proto)
         total, came = proto.total_bytes, payload.nbytes
-        limit = self.limit(header)
+        expected = len(self._parts)
+        limit = total if expected else self.limit(header)  # later chunks must repeat header and total anyway
         if total > limit:
             raise BadFrame(f"a {header.kind.name} frame of {total} bytes; at most {limit} are expected here")
-        expected = len(self._parts)
         if proto.chunk != expected or (expected and (header != self._header or total != self._total)):
             raise BadFrame(f"chunk {proto.chunk} of {header.kind.name} came where chunk {expected} was expected")
         if not expected and came < total and (came == 0 or came % CHUNK_UNIT_BYTES or came > CHUNK_BYTES):

@@ -22,9 +22,7 @@ from swarm_core.wire.messages import FrameKind, Mode
 from swarm_proto.v1 import swarm_pb2
 
 CHUNK_BYTES = 1 << 20  # one message up to here, chunks above: the fastest size measured on gRPC streams
-CHUNK_UNIT_BYTES = (
-    16 << 10
-)  # a sender may choose smaller chunks, multiples of this; smaller still is not worth a message
+CHUNK_UNIT_BYTES = 16 << 10  # smaller chunks are multiples of this; smaller still is not worth a message
 MAX_MESSAGE_BYTES = 4 << 20
 
 

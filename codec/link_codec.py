@@ -28,7 +28,7 @@ from codec.coefficients import (
     quantise,
     step_of,
 )
-from codec.errors import NonFiniteError, PacketError, ReferenceMismatch, SpecError
+from codec.errors import PacketError, ReferenceMismatch, SpecError
 from codec.header import NO_REFERENCES, Element, Header
 from codec.packet import BytesLike, Contents, Expected, pack, unpack
 from codec.quantise import LARGEST_COEFFICIENT

@@ -22,8 +22,8 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["type"] == "tick"]
 
 
-# All columns, and steps small enough for a random model, which is a chaotic one.
-LOWRANK = {"kind": "lowrank", "rank_forward": 32, "rank_backward": 32, "step_forward": 0.005, "step_backward": 0.005}
+# All columns, and steps near the smallest: a random model is a chaotic one.
+LOWRANK = {"kind": "lowrank", "rank_forward": 32, "rank_backward": 32, "step_forward": 0.02, "step_backward": 0.02}
 LINKS = {"identity": {"kind": "identity"}, "none": {"kind": "none"}, "uniform": LOWRANK}
 
 
@@ -52,4 +52,4 @@ def test_probes_measure_and_change_nothing(
             if kind == "identity":
                 assert value == pytest.approx(exact, abs=1e-12), name
             else:
-                assert value != exact and value == pytest.approx(exact, abs=0.05), name
+                assert value != exact and value == pytest.approx(exact, abs={"none": 0.05, "uniform": 0.2}[kind]), name

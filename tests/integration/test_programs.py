@@ -242,7 +242,10 @@ def test_children_of_a_killed_parent_save_and_leave(tmp_path: Path) -> None:
     process = start_local(out)
     family = children(process.pid)
     process.kill()
-    process.communicate(timeout=60)  # their copies of the pipes close when the last of them is gone
+    process.communicate(timeout=60)  # their copies of the pipes close a moment before the last of them is gone
+    until = time.monotonic() + 30
+    while any(running(pid) for pid in family) and time.monotonic() < until:
+        time.sleep(0.1)
     assert not [pid for pid in family if running(pid)]
     ticks = len((out / "journal.jsonl").read_text().splitlines())
     assert (out / "checkpoints" / f"tick-{ticks:08d}" / "COMPLETE").exists()

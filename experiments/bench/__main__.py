@@ -8,40 +8,19 @@ machine does hits both alike, and the ratio of neighbouring turns is worth more 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import signal
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from experiments import record
 from experiments.bench.figures import SETTLING, Pair, cells, markdown_table, summary
-from experiments.bench.processes import ROOT, BenchError
 from experiments.bench.sides import TorchSide, Turn
 from experiments.bench.swarm_side import SwarmSide
 from experiments.bench.workload import STAGES, WORKLOADS, Workload, build
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = "unknown"
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+from experiments.children import BenchError
 
 
 def measure(workload: Workload, folder: Path, pairs: int) -> dict[str, Any]:
@@ -113,7 +92,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="a new folder for logs and runs (default: a temporary one)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the clauses that end the children
-    load = [os.getloadavg()[0]]
+    load = os.getloadavg()[0]
     results = {}
     with tempfile.TemporaryDirectory(prefix="kedge-bench-") as temporary:
         folder = arguments.keep or Path(temporary)
@@ -123,15 +102,11 @@ def main() -> int:
         except BenchError as error:
             print(f"bench: {error}", file=sys.stderr)
             return 1
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    facts = {"date": date, **machine(), "load": [*load, os.getloadavg()[0]]}
+    facts = record.facts(load)
     page = report(results, facts)
     print(page)
     if arguments.record:
-        target = ROOT / "benchmarks"
-        target.mkdir(exist_ok=True)
-        (target / "pipeline.md").write_text(page)
-        (target / "pipeline.json").write_text(json.dumps({"machine": facts, "results": results}, indent=1) + "\n")
+        record.write("pipeline", page, facts, {"results": results})
     return 0
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.bench.processes import Child
 from experiments.bench.workload import STAGES, Setup
+from experiments.children import Child
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TorchSide:
     def __init__(self, setup: Setup, folder: Path, cores: Sequence[int]) -> None:
         common = ["--config", setup.config, "--rollouts", setup.rollouts, "--rendezvous", folder / "rendezvous"]
         self.ranks = [
-            Child(f"torch-{i}", "experiments.bench.torch_side", ["--rank", i, *common], folder, cores[i])
+            Child(f"torch-{i}", "experiments.bench.torch_side", ["--rank", i, *common], folder, core=cores[i])
             for i in range(STAGES)
         ]
         for rank in self.ranks:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.processes import BenchError, Child
 from experiments.bench.sides import Tick, Turn
 from experiments.bench.workload import STAGES, Setup
+from experiments.children import BenchError, Child
 
 START_LIMIT_S = 180.0
 TURN_LIMIT_S = 600.0
@@ -36,14 +36,14 @@ class SwarmSide:
         # Both ends, so that opening does not wait for a reader; not blocking, so that a dead one is noticed.
         self._pipe = os.open(setup.pipe, os.O_RDWR | os.O_NONBLOCK)
         anchor = ["serve", "--config", setup.config, "--listen", "127.0.0.1:0", "--out", self.out]
-        self.anchor = Child("anchor", "anchor_node.cli", anchor, folder, core=None)
+        self.anchor = Child("anchor", "anchor_node.cli", anchor, folder, talks=False)
         address = self._await_address()
         common = ["--anchor", address, "--out", self.out]
         self.stages = [
-            Child(f"stage-{i}", "swarm_worker.cli", ["join", "--stage", i, *common], folder, cores[i])
+            Child(f"stage-{i}", "swarm_worker.cli", ["join", "--stage", i, *common], folder, core=cores[i])
             for i in range(STAGES)
         ]
-        self.sampler = Child("sampler", "swarm_worker.cli", ["sample", *common], folder, core=None)
+        self.sampler = Child("sampler", "swarm_worker.cli", ["sample", *common], folder, talks=False)
 
     def turn(self, ticks: int) -> Turn:
         """Train `ticks` batches and wait for the last one's metrics."""

@@ -10,15 +10,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
-import json
 import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.__main__ import machine
+from experiments import record
 from experiments.codec import page, results
 from experiments.codec.cells import CELLS, MODELS, ROOT
 from experiments.codec.job import Job
@@ -65,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--extras", action="store_true", help="cells that are not declared, too (`run --set`, old settings)"
     )
     table.add_argument("--print", action="store_true", dest="only_print", help="print the tables and write nothing")
-    table.add_argument("--to", type=Path, default=ROOT / "benchmarks", help="folder (default: benchmarks)")
+    table.add_argument("--to", type=Path, default=record.BENCHMARKS, help="folder (default: benchmarks)")
     table.set_defaults(command=_table)
 
     cells = sub.add_parser("cells", help="list the cells", description="List the cells and their overrides.")
@@ -136,12 +134,10 @@ def _table(arguments: argparse.Namespace) -> int:
             print(f"{model}\n{page.table(cells)}\n")
     if arguments.only_print:
         return 0
-    facts = {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), **machine()}
+    facts = record.facts()
     workloads = {model: _workload(rows, model) for model in MODELS}
     plain = {model: [dataclasses.asdict(cell) for cell in cells] for model, cells in models.items() if cells}
-    arguments.to.mkdir(parents=True, exist_ok=True)
-    (arguments.to / "codec.md").write_text(page.page(models, workloads, facts))
-    (arguments.to / "codec.json").write_text(json.dumps({"machine": facts, "cells": _finite(plain)}, indent=1) + "\n")
+    record.write("codec", page.page(models, workloads, facts), facts, {"cells": _finite(plain)}, arguments.to)
     page.plot(models, arguments.to / "codec.png")
     return 0
 

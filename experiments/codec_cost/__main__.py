@@ -7,8 +7,6 @@ does hits both alike. A ratio is that of such a pair; what is reported is the me
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import statistics
 import sys
@@ -18,8 +16,7 @@ from typing import Any
 import torch
 
 from codec.spec import dense_bytes
-from experiments.bench.__main__ import machine
-from experiments.bench.processes import ROOT
+from experiments import record
 from experiments.codec_cost.sides import ROWS, STEP, WIDTH, Case, Data, bare, cases, make_data
 from swarm_core.wire.allocator import keep_large_blocks
 
@@ -131,21 +128,17 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_large_blocks()  # as every worker does
-    load = [os.getloadavg()[0]]
+    load = os.getloadavg()[0]
     data, results = make_data(), []
     for case in cases(data):
         results.append(measure(data, case, arguments.pairs))
         cpu, wall = (results[-1][clock]["ratio"] for clock in CLOCKS)
         print(f"rank {case.rank}, {case.name}: {cpu:.2f} CPU, {wall:.2f} wall", flush=True)
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    facts = {"date": date, **machine(), "load": [*load, os.getloadavg()[0]]}
+    facts = record.facts(load)
     page = report(results, facts)
     print(page)
     if arguments.record:
-        target = ROOT / "benchmarks"
-        target.mkdir(exist_ok=True)
-        (target / "codec_cost.md").write_text(page)
-        (target / "codec_cost.json").write_text(json.dumps({"machine": facts, "results": results}, indent=1) + "\n")
+        record.write("codec_cost", page, facts, {"results": results})
     return 0
 
 

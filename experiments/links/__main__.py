@@ -7,8 +7,6 @@ neighbouring turns. Then single messages after idle pauses, against the shortest
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import random
 import signal
@@ -16,8 +14,8 @@ import sys
 from collections import defaultdict
 from typing import Any
 
-from deploy.wan.link import ROOT, Host, WanError, wan
-from experiments.bench.__main__ import machine
+from deploy.wan.link import Host, WanError, wan
+from experiments import record
 from experiments.links.figures import (
     MB,
     burst_gb_per_s,
@@ -194,7 +192,7 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help="write benchmarks/links.md and .json")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the clauses that end the children
-    load = [os.getloadavg()[0]]
+    load = os.getloadavg()[0]
     results: dict[str, Any] = {"loopback": loopback(arguments.turns), "limited": limited()}
     try:
         with wan(rate_mbps=MBPS, delay_ms=DELAY_S * 1e3, congestion=CONGESTION) as hosts:
@@ -205,14 +203,11 @@ def main() -> int:
     except WanError as error:
         results["skipped"] = str(error)
         print(f"bench-links: the emulated link is left out: {error}", file=sys.stderr)
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    facts = {"date": date, **machine(), "load": [*load, os.getloadavg()[0]]}
+    facts = record.facts(load)
     page = report(results, facts)
     print(page)
     if arguments.record:
-        target = ROOT / "benchmarks"
-        (target / "links.md").write_text(page)
-        (target / "links.json").write_text(json.dumps({"machine": facts, "results": results}, indent=1) + "\n")
+        record.write("links", page, facts, {"results": results})
     return 0
 
 

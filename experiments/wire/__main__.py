@@ -7,8 +7,6 @@ over links as fast as the CPU and over slow ones. Segmentation offload is off: i
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import signal
 import sys
@@ -20,11 +18,11 @@ from typing import Any
 
 import grpc
 
-from experiments.bench.__main__ import machine
+from experiments import record
+from experiments.children import BenchError
 from experiments.wire.calibration import Case, Direction, calibrate
 from experiments.wire.demo import STAGES, Host, demo
-from experiments.wire.network import MTU, BenchError, congestion_control
-from experiments.wire.processes import ROOT
+from experiments.wire.network import MTU, congestion_control
 
 SLOW = "100mbit"
 # name, TLS, rate
@@ -131,7 +129,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the clauses that end the children
     found: dict[str, Cases] = {}
     runs: dict[str, list[Host]] = {}
-    load = [os.getloadavg()[0]]
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="kedge-wire-") as temporary:
         folder = arguments.keep or Path(temporary)
         try:
@@ -146,16 +144,11 @@ def main() -> int:
         except BenchError as error:
             print(f"bench-wire: {error}", file=sys.stderr)
             return 1
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    facts = {"date": date, **machine(), "grpcio": grpc.__version__, "congestion_control": congestion_control()}
-    facts["load"] = [*load, os.getloadavg()[0]]
+    facts = record.facts(load) | {"grpcio": grpc.__version__, "congestion_control": congestion_control()}
     page = report(found, runs, arguments.ticks, facts)
     print(page)
     if arguments.record:
-        target = ROOT / "benchmarks"
-        target.mkdir(exist_ok=True)
-        (target / "wire.md").write_text(page)
-        (target / "wire.json").write_text(json.dumps({"machine": facts, **as_json(found, runs)}, indent=1) + "\n")
+        record.write("wire", page, facts, as_json(found, runs))
     return 0
 
 

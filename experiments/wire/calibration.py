@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.children import Child
 from experiments.wire.network import Network, Sockets, run
-from experiments.wire.processes import Child
 
+ENDPOINT = "experiments.wire.endpoint"
 KB, MB = 1 << 10, 1 << 20
 
 
@@ -86,14 +87,10 @@ def calibrate(
             extra = ("--tls", folder)
         children: list[Child] = []
         try:
-            server = Child(
-                "server", network.inside("server"), "experiments.wire.endpoint", ["serve", where, *extra], folder
-            )
+            server = Child("server", ENDPOINT, ["serve", where, *extra], folder, prefix=network.inside("server"))
             children.append(server)
             server.line()
-            dialler = Child(
-                "dialler", network.inside("dialler"), "experiments.wire.endpoint", ["dial", where, *extra], folder
-            )
+            dialler = Child("dialler", ENDPOINT, ["dial", where, *extra], folder, prefix=network.inside("dialler"))
             children.append(dialler)
             dialler.line()
             server.ask("counted")

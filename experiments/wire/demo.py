@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.children import ROOT, BenchError, Child
 from experiments.wire.calibration import certificate
-from experiments.wire.network import BenchError, Network
-from experiments.wire.processes import ROOT, Child
+from experiments.wire.network import Network
 
 RUN_FILE = ROOT / "examples" / "tiny" / "run.toml"
 STAGES = 3
@@ -47,7 +47,7 @@ def demo(folder: Path, ticks: int, tls: bool, rate: str | None) -> list[Host]:
         def start(name: str, module: str, *arguments: object) -> Child:
             if tls:
                 module, arguments = "experiments.wire.encrypted", (folder, module, *arguments)
-            return Child(name, network.inside(name), module, arguments, folder, talks=False)
+            return Child(name, module, arguments, folder, prefix=network.inside(name), talks=False)
 
         before = {name: network.sent_bytes(name) for name in names}
         overrides = ("--set", f"run.ticks={ticks}", "--set", f"swarm.stages={STAGES}")

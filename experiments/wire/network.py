@@ -16,11 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from experiments.children import BenchError
+
 MTU = 1500
-
-
-class BenchError(Exception):
-    """The bench cannot run here, or one of its processes fell over; the message says what to look at."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from codec.basis import Basis
-from codec.errors import BasisMismatch, SpecError
+from codec.errors import BasisMismatch
 from codec.fit import rms_weights
 from codec.link_codec import LinkCodec
 from codec.reuse import ReuseRows, ReuseStore
@@ -88,10 +88,7 @@ class LinkEnd:
     def encode_whole(self, stamp: Stamp, crossing: Crossing) -> Packet:
         """The activations that `encode` made a packet of in this round, without references to earlier ones."""
         rows = self._references(stamp, Direction.FORWARD, crossing)
-        if rows is None:
-            raise SpecError(
-                "a packet asked for again", "a link without references", "one with reuse deltas", "ask never"
-            )
+        assert rows is not None, "the worker refuses a RESEND on links without reuse deltas"
         payload = self.codec.encode_whole(rows, self._basis(stamp, Direction.FORWARD))
         return Packet(payload, 0)  # a dense run sends it once
 

@@ -224,6 +224,10 @@ class StageWorker:
                 self.work.put(key(frame.header), frame.header.microbatch, FrameKind.GRADIENT, frame.payload)
                 self.drive(GradientCame(key(frame.header), frame.header.microbatch))
             case FrameKind.RESEND:
+                if not self.admission.link.reuse:
+                    raise BadFrame(
+                        f"stage {self.span.stage + 1} asked for a packet again; these links keep no references"
+                    )
                 self.drive(ResendAsked(key(frame.header), frame.header.microbatch))
             case FrameKind.VOTE:
                 self._ballot.came(from_bytes(Vote, frame.payload))

@@ -39,7 +39,11 @@ def packets(out: Path) -> int:
 def test_lost_references_change_nothing(
     recipe: Callable[..., Recipe], run_swarm: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_file = recipe("llama").run_file(run={"ticks": TICKS})
+    run_file = recipe("llama").run_file(
+        run={"ticks": TICKS},
+        links={"kind": "lowrank", "rank_forward": 8, "rank_backward": 16},
+        anchor={"q_cadence": 0, "calibration_prompts": 1},
+    )
     run_swarm(run_file, tmp_path / "plain")
     rng, seen, resent = random.Random(0), set(), []
     decode = LinkEnd.decode

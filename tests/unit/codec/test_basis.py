@@ -71,7 +71,7 @@ def test_what_is_no_pair_is_no_basis(encoder: Tensor, decoder: Tensor) -> None:
         Basis(0, encoder, decoder)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(width=st.integers(1, 40), rank=st.integers(1, 40), oblique=st.booleans(), seed=st.integers(0, 2**31))
 def test_what_travels_is_a_pair_again(width: int, rank: int, oblique: bool, seed: int) -> None:
     rank = min(rank, width)

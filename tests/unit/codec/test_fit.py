@@ -72,7 +72,7 @@ def test_orthonormalise_is_deterministic_and_ignores_scale_and_sign() -> None:
         torch.testing.assert_close(orthonormalise(v_HR * factor), q_HR, atol=1e-6, rtol=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     height=st.integers(1, 24),
     columns=st.integers(1, 24),

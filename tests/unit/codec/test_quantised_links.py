@@ -151,7 +151,6 @@ def test_outliers_arrive_exactly_and_leave_the_others_alone(quantiser: str) -> N
     assert torch.equal(arrived_NH[[5, 63]], x_NH[[5, 63]])
     kept = [row for row in range(64) if row not in (5, 63)]
     alone_NH = LinkCodec(link(quantiser)).project(x_NH[kept], FORWARD, BASIS)
-    assert (arrived_NH[kept] - alone_NH).abs().max() <= 1e-5 if quantiser == "bf16" else True
     assert torch.allclose(arrived_NH[kept], alone_NH, atol=1e-5)
 
 

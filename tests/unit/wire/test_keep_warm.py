@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -71,18 +72,24 @@ def test_an_idle_stream_is_kept_warm_and_every_byte_is_in_the_ledger() -> None:
     assert sum(row.message_bytes for row in rows.values()) == sum(map(len, pipe.messages))
 
 
-def test_a_busy_stream_needs_no_warming() -> None:
+def test_a_busy_stream_needs_no_warming(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame in the middle of each wait: an interval is never over."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     pipe = Pipe()
 
     async def work() -> None:
-        loop = asyncio.get_running_loop()
-        over: asyncio.Future[None] = loop.create_future()
-        warming = asyncio.create_task(pipe.stream.keep_warm(over, 3600.0))
-        for _ in range(50):
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def wait(_: Any, timeout: float) -> None:
+            now[0] += timeout / 2
             await pipe.stream.send(Frame(Header(FrameKind.ACTIVATION), b"x"))
-            await asyncio.sleep(0)
-        over.set_result(None)
-        await warming
+            now[0] += timeout / 2
+            if len(pipe.messages) == 50:
+                over.set_result(None)
+
+        monkeypatch.setattr(asyncio, "wait", wait)
+        await pipe.stream.keep_warm(over, EVERY_S)
 
     run(work())
     assert {frame.header.kind for frame in pipe.frames} == {FrameKind.ACTIVATION}

@@ -162,23 +162,25 @@ class BasisKeeper:
     def _next(self, sketch: Sketch, window: dict[tuple[int, Direction, int], _Sum]) -> BasisSet | None:
         """The next version; where a sketch gives no basis the one in use stays; None when none gives any."""
         version, matrices, refreshed = self.version + 1, [], 0
-        self.decisions = {}
+        held: dict[Key, Basis] = {}
+        self.decisions, self.share = {}, {}
         for matrix in self.current.matrices:
             key = key_of(matrix, self._boundaries)
             old, seen = self._held[sketch.version][key], window[(*key, MOMENT)]
             try:
                 made = self._refresh(old, seen, window.get((*key, METRIC)))
-                matrix = self._steered(key, version, old.step, made, seen)
+                matrix, held[key] = self._steered(key, version, old.step, made, seen)
                 self.share[key] = float(made.eigenvalues_R.sum()) / made.total
                 refreshed += 1
             except (SpecError, BadFrame, torch.linalg.LinAlgError) as error:
                 log.warning("basis of boundary %d, %s, stays as it is: %s", key[0], key[1].name.lower(), error)
+                held[key] = basis_of(matrix, version, self.spec)
             matrices.append(matrix)
         if not refreshed:
             return None
         before = self.bases
         self.current = BasisSet(version, sketch.tick, matrices)
-        self._held[version] = self._read(self.current)
+        self._held[version] = held
         self._held = {v: held for v, held in self._held.items() if v > version - KEPT_VERSIONS}
         self.overlap = {k: float(overlap(before[k].encoder_HR, b.encoder_HR)) for k, b in self.bases.items()}
         return self.current
@@ -188,8 +190,8 @@ class BasisKeeper:
             return refine(old, seen.v_HR, seen.trace)
         return refine(old, seen.v_HR, seen.trace, metric.v_HR, metric.trace, self._ridge)
 
-    def _steered(self, key: Key, version: int, step: float, made: Fit, seen: _Sum) -> BasisMatrix:
-        """The matrix of a fit, with the rank and the step that the steering wants; as they are without one."""
+    def _steered(self, key: Key, version: int, step: float, made: Fit, seen: _Sum) -> tuple[BasisMatrix, Basis]:
+        """A fit as it travels and as everybody will hold it, with the rank and step that the steering wants, if any."""
         rank = made.encoder_HR.shape[1]
         decision = None
         if key[1] in self._steering and seen.rows and seen.packet_bytes:
@@ -201,10 +203,10 @@ class BasisKeeper:
         basis = Basis(version, made.encoder_HR, made.decoder_RH)
         encoder_HR, decoder_RH = widened(basis, rank)  # as it is, when there are as many
         matrix = _matrix(key, version, encoder_HR[:, :rank], decoder_RH[:rank], step)
-        basis_of(matrix, version, self.spec)  # what rounding broke must not be sent
+        rounded = basis_of(matrix, version, self.spec)  # what rounding broke must not be sent
         if decision is not None:
             self.decisions[key] = decision
-        return matrix
+        return matrix, rounded
 
     def _read(self, bases: BasisSet) -> dict[Key, Basis]:
         return {key_of(m, self._boundaries): basis_of(m, bases.version, self.spec) for m in bases.matrices}

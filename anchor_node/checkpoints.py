@@ -114,8 +114,8 @@ def resumable(out: Path, manifest: Manifest, name: str = "") -> Checkpoint:
         raise CheckpointError(
             f"{chosen.folder} was written under other knobs ("
             + (", ".join(changed) or f"manifest {chosen.manifest_digest[:12]}..., now {digest[:12]}...")
-            + "): resume with the run file of that run, run.toml in its folder; only run.name, run.ticks, threads, device "
-            "and the sampler and checkpoint sections may differ"
+            + "): resume with the run file of that run, run.toml in its folder; only run.name, run.ticks, threads, device, "
+            "the probes of the links, where files lie, and the sampler and checkpoint sections may differ"
         )
     return chosen
 

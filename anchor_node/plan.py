@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def print_plan(config: RunConfig) -> None:
     table = Table("stage", "layers", "parameters", "weights + optimizer", "share of FLOPs")
     total = sum(stage_flops(shape, span) for span in manifest.spans)
     for span in manifest.spans:
-        parameters = sum(_product(dims) for dims in tensor_shapes(shape, span).values())
+        parameters = sum(math.prod(dims) for dims in tensor_shapes(shape, span).values())
         table.add_row(
             str(span.stage),
             f"{span.first_layer} to {span.last_layer - 1}",
@@ -66,7 +67,7 @@ def print_plan(config: RunConfig) -> None:
     forward, backward = packet_bytes(link, Direction.FORWARD, tokens), packet_bytes(link, Direction.BACKWARD, tokens)
     dense = 2 * dense_bytes(link.width, tokens)
     console.print(
-        f"one tick, one link, {tokens:,} tokens at most, prompts included: at most {byte_text(forward)} down, "
+        f"one tick, one link, {tokens:,} tokens at most, prompts included, outliers apart: at most {byte_text(forward)} down, "
         f"{byte_text(backward)} up, {(forward + backward) / dense:.1%} of dense bf16"
     )
     if link.kind == "lowrank" and "uniform" in (link.quantiser_forward, link.quantiser_backward):
@@ -122,10 +123,3 @@ def _check_recording(file: Path) -> None:
         names = set()
     if not {"batch", "prompt_ids", "completion_ids"} <= names:
         raise UserError(f"sampler.replay {file}: its first line is no recorded rollout; wanted prompt_ids and so on")
-
-
-def _product(dims: tuple[int, ...]) -> int:
-    size = 1
-    for dim in dims:
-        size *= dim
-    return size

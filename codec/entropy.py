@@ -5,7 +5,7 @@ Huffman codes spend at least one bit a symbol and one table a block, so lines ar
 several small digits share a byte (five trits, three of five values, two of fifteen), larger ones are bytes grouped by
 octave, each class in a block, and so with a table, of its own. What does not fit its class's digits, or is not zero in
 a line of almost only zeros, is an exception: its place (the gap since the one before) and value in two lists beside.
-Measured on activations, gradients and deltas: 1.0-1.15 of the order-0 entropy of the lines (experiments/codec_cost).
+Measured on activations, gradients and deltas: 1.0-1.15 of the order-0 entropy of the lines.
 
 Shape legend: R lines, N columns, K lines of one class, X exceptions.
 """

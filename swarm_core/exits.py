@@ -1,6 +1,6 @@
 """How a command ends: one line and exit code 2 for what the user can mend, 1 for what broke, 130 for an interrupt.
 
-No command and no error is defined here.
+What --version prints is here too; no command and no error is.
 """
 
 from __future__ import annotations

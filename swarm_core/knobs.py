@@ -233,7 +233,7 @@ class LinksSection(Section):
         "lowrank", "lowrank = projected on a basis; none = dense bf16; identity = lossless, for tests"
     )
     # With the uniform step a column that says little costs little, so these are generous: 5 % of width 512 lost twice as
-    # much as 9 % (benchmarks/codec.md), and a gradient needed rank 105 to 180 of 1536 for 90 % of its energy.
+    # much as 9 % (benchmarks/codec.md).
     rank_forward: Rank = knob(
         0.1, "most columns of the activation basis; a model narrower than 512 needs a larger share", range=RANK_RANGE
     )

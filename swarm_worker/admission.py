@@ -1,6 +1,6 @@
 """Which frames a stage takes from its neighbours, and how large they may be: the checks that come before any work.
 
-Run, epoch, addressee and lineage; batches and microbatches that exist; the exact size of a tensor, from the layout of
+Run, epoch, addressee and lineage; batches and microbatches that exist; the most a tensor can take, from the layout of
 its microbatch, before a byte is allocated for it. No stream and no tensor here.
 """
 
@@ -45,7 +45,7 @@ class Admission:
             raise BadFrame(f"a frame for stage {header.receiver >> 16} arrived at stage {self.stage}")
 
     def largest(self, direction: Direction, header: Header) -> int:
-        """The largest payload this frame may have: for a tensor, exactly what its microbatch makes it, uncompressed."""
+        """The largest payload this frame may have: for a tensor, the most its microbatch can make it."""
         if header.kind is FrameKind.BATCH:
             return BATCH_LIMIT
         if header.kind in (FrameKind.RESEND, FrameKind.WARM):

@@ -265,9 +265,9 @@ class StageCompute:
             for version in [v for v in self.bases if v < stamp.basis_version]:
                 del self.bases[version]
         cadence = self.manifest.config.anchor.q_cadence
-        if decide.outcome == Outcome.HOLD or cadence == 0 or (stamp.tick + 1) % cadence:
+        if self.sketcher is None or decide.outcome == Outcome.HOLD or (stamp.tick + 1) % cadence:
             return []
-        return self.sketcher.take() if self.sketcher is not None else []
+        return self.sketcher.take()
 
     # Weights and state -------------------------------------------------------------------------------------------------
 

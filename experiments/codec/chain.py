@@ -17,7 +17,7 @@ from swarm_core.learning.batch import Batch
 from swarm_core.manifest import Manifest
 from swarm_core.wire.frames import message_bytes
 from swarm_core.wire.ledger import Ledger
-from swarm_core.wire.messages import BasisSet, BatchData, FrameKind, from_bytes, to_bytes
+from swarm_core.wire.messages import BasisSet, BatchData, FrameKind, Mode, from_bytes, to_bytes
 from swarm_core.wire.rollouts import batch_data, read_batch
 from swarm_worker.compute import Packet, StageCompute, Tally
 from swarm_worker.membership import read_bases
@@ -99,10 +99,19 @@ class Chain:
 
     # Bytes -------------------------------------------------------------------------------------------------------------
 
-    def count(self, kind: FrameKind, tick: int, link: str, direction: str, payload: int, dense: int = 0) -> None:
+    def count(
+        self,
+        kind: FrameKind,
+        tick: int,
+        link: str,
+        direction: str,
+        payload: int,
+        dense: int = 0,
+        mode: Mode = Mode.TRAIN,
+    ) -> None:
         """A frame of `payload` bytes; `dense` is the bf16 size of the rows in it, 0 where there are none."""
         message = message_bytes(payload)
-        self.ledger.count(tick, link, direction, kind, dense=dense, packet=payload, message=message)
+        self.ledger.count(tick, link, direction, kind, mode, dense=dense, packet=payload, message=message)
 
     def _sent(self, kind: FrameKind, stamp: Stamp, stage: StageCompute, packet: Packet | None) -> bytes | None:
         if packet is None:
@@ -110,6 +119,8 @@ class Chain:
         down = kind is FrameKind.ACTIVATION
         upper = stage.span.stage - (not down)
         link = f"stage{upper}-stage{upper + 1}"
-        self.count(kind, stamp.tick, link, "down" if down else "up", len(packet.payload), packet.dense_bytes)
+        self.count(
+            kind, stamp.tick, link, "down" if down else "up", len(packet.payload), packet.dense_bytes, stamp.mode
+        )
         self.rows[kind] += packet.dense_bytes // (2 * self.manifest.width)
         return packet.payload

@@ -147,7 +147,7 @@ class SamplerProcess:
         while (frame := await membership.anchor.receive()) is not None:
             match frame.header.kind:
                 case FrameKind.BASIS:
-                    source.hold_bases(from_bytes(BasisSet, frame.payload))
+                    await asyncio.to_thread(source.hold_bases, from_bytes(BasisSet, frame.payload))
                 case FrameKind.STOP:
                     if not self.over.done():
                         self.over.set_result(from_bytes(Stop, frame.payload).reason)

@@ -30,6 +30,7 @@ from swarm_core.knobs import (
     AnchorSection,
     CheckpointSection,
     ConfigError,
+    CorrectionsSection,
     DataSection,
     DggSection,
     GrpoSection,
@@ -66,6 +67,7 @@ class RunConfig(Section):
     optimizer: OptimizerSection = OptimizerSection()
     links: LinksSection = LinksSection()
     anchor: AnchorSection = AnchorSection()
+    corrections: CorrectionsSection = CorrectionsSection()
     sampler: SamplerSection = SamplerSection()
     checkpoint: CheckpointSection = CheckpointSection()
 
@@ -135,6 +137,7 @@ def _contradictions(c: RunConfig) -> Iterator[tuple[str, str, str, str]]:
                 got,
                 'q_cadence >= 1 and "lowrank", or none',
             )
+    yield from _anchor_contradictions(c)
     if c.optimizer.schedule != "constant" and ticks == 0:
         got = f'"{c.optimizer.schedule}" with run.ticks = 0'
         yield "optimizer.schedule", "a schedule needs a last tick", got, '"constant", or run.ticks >= 1'
@@ -148,6 +151,35 @@ def _contradictions(c: RunConfig) -> Iterator[tuple[str, str, str, str]]:
         yield "sampler.replay", "a recording is given that nobody reads", f'engine "{c.sampler.engine}"', wanted
     if c.sampler.engine == "replay" and c.sampler.record:
         yield "sampler.record", "a replay is recorded already", "true", 'false, or sampler.engine = "hf"'
+
+
+def _anchor_contradictions(c: RunConfig) -> Iterator[tuple[str, str, str, str]]:
+    a, merger = c.anchor, c.corrections.merger
+    if c.corrections.form == "sign" and merger == "held_delta":
+        yield (
+            "corrections.form",
+            "a sign has no size to add",
+            '"sign" with merger "held_delta"',
+            '"lowrank", "topk" or "bf16"',
+        )
+    if a.q_source == "anchor_replay" and merger == "none":
+        yield (
+            "anchor.q_source",
+            "without a merger nothing is replayed",
+            '"anchor_replay"',
+            'a corrections.merger, or "stage_sketch"',
+        )
+    if a.latency_range[0] > a.latency_range[1]:
+        yield "anchor.latency_range", "least and most, in this order", str(a.latency_range), "[least, most]"
+    if (a.latency == "trace") != (a.latency_trace is not None):
+        got = f'latency "{a.latency}", latency_trace {a.latency_trace or "none"}'
+        yield "anchor.latency_trace", "a trace and latency = trace go together", got, "both, or neither"
+    if a.latency == "fixed" and merger != "none" and a.delay_k > c.corrections.k_max:
+        wanted = f"at most corrections.k_max = {c.corrections.k_max}"
+        yield "anchor.delay_k", "every correction would be dropped as too old", str(a.delay_k), wanted
+    if not a.pin_basis and c.links.reuse_deltas and c.links.kind == "lowrank":
+        got = "false with links.reuse_deltas = true"
+        yield "anchor.pin_basis", "reuse deltas refer to one basis", got, "true, or links.reuse_deltas = false"
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

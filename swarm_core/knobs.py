@@ -312,10 +312,73 @@ class LinksSection(Section):
 
 
 class AnchorSection(Section):
-    """The slow node that keeps the basis fresh."""
+    """The slow node: what it refreshes, how often, and how far it lags."""
 
     q_cadence: int = knob(20, "ticks between two basis refreshes; 0 = keep version 0", unit="ticks", ge=0)
+    q_source: Literal["stage_sketch", "anchor_replay"] = knob(
+        "stage_sketch",
+        "new bases from the stages' running sketches, or from the anchor's own replay of a tick (needs a merger)",
+    )
+    pin_basis: bool = knob(
+        True, "new bases take effect between rollout batches; off = at once, to study what that does"
+    )
     calibration_prompts: int = knob(32, "training prompts that version 0 is calibrated on", unit="prompts", ge=1)
+    m_cadence: int = knob(
+        20, "ticks between two corrections, where corrections.merger asks for any", unit="ticks", ge=1
+    )
+    latency: Literal["natural", "fixed", "uniform", "lognormal", "trace"] = knob(
+        "natural",
+        "least age K of a correction: natural = as soon as it is there; fixed = delay_k; uniform, lognormal = drawn for "
+        "each; trace = read from latency_trace",
+    )
+    delay_k: int = knob(5, "latency = fixed: K; lognormal: its median", unit="ticks", ge=1)
+    latency_range: list[Annotated[int, Field(ge=1)]] = knob(
+        [1, 20],
+        "latency = uniform: least and most K",
+        unit="ticks",
+        range="two whole numbers >= 1",
+        min_length=2,
+        max_length=2,
+    )
+    latency_sigma: float = knob(0.5, "latency = lognormal: spread of ln K", ge=0, le=3)
+    latency_trace: FilePath | None = knob(
+        None, "latency = trace: a file with a K a line, used over and over", range="file"
+    )
+    slowdown: float = knob(1.0, "a replay takes this many times as long, to study a slow anchor", ge=1)
+    snapshot: Literal["bf16", "exact"] = knob(
+        "bf16", "weights that are shipped to the anchor: rounded to bf16, or as the stages hold them"
+    )
+    ring_mb: int = knob(4096, "disk for pairs of weights and rollouts that await their replay", unit="MiB", ge=1)
+
+
+class CorrectionsSection(Section):
+    """What the anchor's dense gradients do to a tick, and how they travel."""
+
+    merger: Literal["none", "signed_ema", "held_delta"] = knob(
+        "none", "how a correction is merged into a stage's gradient; none = no snapshots, no replays, no corrections"
+    )
+    form: Literal["auto", "sign", "lowrank", "topk", "bf16"] = knob(
+        "auto", "how corrections travel; auto = sign for signed_ema, lowrank for held_delta"
+    )
+    rank: int = knob(4, "form = lowrank: columns a matrix", ge=1, le=1024)
+    share: float = knob(0.02, "form = topk: entries kept of each tensor", gt=0, le=1)
+    alpha: float = knob(0.25, "signed_ema: weight of the stage's own gradient", ge=0, le=1)
+    beta_anc: float = knob(0.0, "decay of the mean over old dense gradients; above 0 only to reproduce", ge=0, lt=1)
+    age_decay: float = knob(0.88, "held_delta: factor for each tick of age (mu)", ge=0, le=1)
+    age_from: Literal["snapshot", "birth"] = knob("snapshot", "held_delta: what age is counted from")
+    adaptive_lambda: Literal["ratio", "none"] = knob(
+        "ratio", "held_delta: lambda = lambda_cap * min(1, 1/c), c = |delta| / |gradient|, or lambda_cap"
+    )
+    lambda_cap: float = knob(0.5, "held_delta: largest lambda", ge=0, le=2)
+    c_max: float = knob(4.0, "held_delta: a tensor whose c is above it is left alone", gt=0)
+    k_max: int = knob(40, "a correction whose snapshot is older is dropped", unit="ticks", ge=0)
+
+    @property
+    def wire_form(self) -> Literal["sign", "lowrank", "topk", "bf16"]:
+        """`form`, or what `auto` stands for."""
+        if self.form != "auto":
+            return self.form
+        return "sign" if self.merger == "signed_ema" else "lowrank"
 
 
 class SamplerSection(Section):

@@ -23,6 +23,7 @@ OUTSIDE_DIGEST = {
     "model": ("path",),  # the fingerprint stands for it
     "data": ("train", "validation"),  # where the files lie; rollouts travel with their tokens
     "links": ("fidelity_every", "fidelity_sequences"),  # a probe moves no weight
+    "anchor": ("ring_mb", "slowdown", "latency_trace"),  # when corrections come is in the journal
     "sampler": None,
     "checkpoint": None,
 }

@@ -20,6 +20,9 @@ KIND_OF: dict[FrameKind, str] = {
     FrameKind.WEIGHTS: "weights",
     FrameKind.BATCH: "rollout",
     FrameKind.ROLLOUTS: "rollout",
+    FrameKind.SNAPSHOT: "snapshot",
+    FrameKind.SLICE: "snapshot",
+    FrameKind.CORRECTION: "correction",
 }
 COLUMNS = (
     "tick",

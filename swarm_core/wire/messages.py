@@ -42,6 +42,10 @@ class FrameKind(enum.IntEnum):
     BASIS = 19
     WARM = 20
     RESEND = 21
+    SNAPSHOT = 22
+    SNAPSHOT_HELD = 23
+    SLICE = 24
+    CORRECTION = 25
 
 
 class Mode(enum.IntEnum):
@@ -166,6 +170,7 @@ class StageVote:
     norms: list[float] = field(default_factory=list)
     numbers: dict[str, float] = field(default_factory=dict)
     fault: str = ""
+    corrections_held: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -230,6 +235,8 @@ class BasisSet:
     version: int = 0
     tick: int = 0
     matrices: list[BasisMatrix] = field(default_factory=list)
+    base: int = 0
+    delta: bool = False
 
 
 @dataclass
@@ -241,6 +248,49 @@ class Sketch:
     trace: float = 0.0
     rows_seen: int = 0
     packet_bytes: int = 0
+
+
+@dataclass
+class Snapshot:
+    version: int = 0
+    tick: int = 0
+    lineage: int = 0
+    base: int = 0
+    total_bytes: int = 0
+    offset: int = 0
+    part: bytes = b""
+    digest: bytes = b""
+
+
+@dataclass
+class SnapshotHeld:
+    version: int = 0
+    bytes: int = 0
+    whole: bool = False
+    refused: str = ""
+
+
+@dataclass
+class Slice:
+    version: int = 0
+    tick: int = 0
+    lineage: int = 0
+    data: BatchData = field(default_factory=BatchData)
+    prompt_ids: bytes = b""
+    basis_version: int = 0
+    reuse: int = 0
+    old_logprobs: bytes = b""
+
+
+@dataclass
+class Correction:
+    version: int = 0
+    tick: int = 0
+    born: int = 0
+    not_before: int = 0
+    lineage: int = 0
+    packet: bytes = b""
+    digest: bytes = b""
 
 
 M = TypeVar("M")

@@ -31,6 +31,10 @@ class FrameKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BASIS: _ClassVar[FrameKind]
     WARM: _ClassVar[FrameKind]
     RESEND: _ClassVar[FrameKind]
+    SNAPSHOT: _ClassVar[FrameKind]
+    SNAPSHOT_HELD: _ClassVar[FrameKind]
+    SLICE: _ClassVar[FrameKind]
+    CORRECTION: _ClassVar[FrameKind]
 
 class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -68,6 +72,10 @@ SKETCH: FrameKind
 BASIS: FrameKind
 WARM: FrameKind
 RESEND: FrameKind
+SNAPSHOT: FrameKind
+SNAPSHOT_HELD: FrameKind
+SLICE: FrameKind
+CORRECTION: FrameKind
 TRAIN: Mode
 SCORE: Mode
 REFERENCE: Mode
@@ -300,7 +308,7 @@ class Begin(_message.Message):
     def __init__(self, microbatches: _Optional[int] = ..., basis_version: _Optional[int] = ..., correction: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class StageVote(_message.Message):
-    __slots__ = ("stage", "ready", "basis_held", "norms", "numbers", "fault")
+    __slots__ = ("stage", "ready", "basis_held", "norms", "numbers", "fault", "corrections_held")
     class NumbersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -314,13 +322,15 @@ class StageVote(_message.Message):
     NORMS_FIELD_NUMBER: _ClassVar[int]
     NUMBERS_FIELD_NUMBER: _ClassVar[int]
     FAULT_FIELD_NUMBER: _ClassVar[int]
+    CORRECTIONS_HELD_FIELD_NUMBER: _ClassVar[int]
     stage: int
     ready: bool
     basis_held: int
     norms: _containers.RepeatedScalarFieldContainer[float]
     numbers: _containers.ScalarMap[str, float]
     fault: str
-    def __init__(self, stage: _Optional[int] = ..., ready: _Optional[bool] = ..., basis_held: _Optional[int] = ..., norms: _Optional[_Iterable[float]] = ..., numbers: _Optional[_Mapping[str, float]] = ..., fault: _Optional[str] = ...) -> None: ...
+    corrections_held: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, stage: _Optional[int] = ..., ready: _Optional[bool] = ..., basis_held: _Optional[int] = ..., norms: _Optional[_Iterable[float]] = ..., numbers: _Optional[_Mapping[str, float]] = ..., fault: _Optional[str] = ..., corrections_held: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Vote(_message.Message):
     __slots__ = ("votes", "gated")
@@ -413,14 +423,18 @@ class BasisMatrix(_message.Message):
     def __init__(self, boundary: _Optional[int] = ..., direction: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., values: _Optional[bytes] = ..., decoder: _Optional[bytes] = ..., step: _Optional[float] = ...) -> None: ...
 
 class BasisSet(_message.Message):
-    __slots__ = ("version", "tick", "matrices")
+    __slots__ = ("version", "tick", "matrices", "base", "delta")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TICK_FIELD_NUMBER: _ClassVar[int]
     MATRICES_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
     version: int
     tick: int
     matrices: _containers.RepeatedCompositeFieldContainer[BasisMatrix]
-    def __init__(self, version: _Optional[int] = ..., tick: _Optional[int] = ..., matrices: _Optional[_Iterable[_Union[BasisMatrix, _Mapping]]] = ...) -> None: ...
+    base: int
+    delta: bool
+    def __init__(self, version: _Optional[int] = ..., tick: _Optional[int] = ..., matrices: _Optional[_Iterable[_Union[BasisMatrix, _Mapping]]] = ..., base: _Optional[int] = ..., delta: _Optional[bool] = ...) -> None: ...
 
 class Sketch(_message.Message):
     __slots__ = ("version", "tick", "matrix", "part", "trace", "rows_seen", "packet_bytes")
@@ -439,3 +453,73 @@ class Sketch(_message.Message):
     rows_seen: int
     packet_bytes: int
     def __init__(self, version: _Optional[int] = ..., tick: _Optional[int] = ..., matrix: _Optional[_Union[BasisMatrix, _Mapping]] = ..., part: _Optional[int] = ..., trace: _Optional[float] = ..., rows_seen: _Optional[int] = ..., packet_bytes: _Optional[int] = ...) -> None: ...
+
+class Snapshot(_message.Message):
+    __slots__ = ("version", "tick", "lineage", "base", "total_bytes", "offset", "part", "digest")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TICK_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    tick: int
+    lineage: int
+    base: int
+    total_bytes: int
+    offset: int
+    part: bytes
+    digest: bytes
+    def __init__(self, version: _Optional[int] = ..., tick: _Optional[int] = ..., lineage: _Optional[int] = ..., base: _Optional[int] = ..., total_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., part: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class SnapshotHeld(_message.Message):
+    __slots__ = ("version", "bytes", "whole", "refused")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    bytes: int
+    whole: bool
+    refused: str
+    def __init__(self, version: _Optional[int] = ..., bytes: _Optional[int] = ..., whole: _Optional[bool] = ..., refused: _Optional[str] = ...) -> None: ...
+
+class Slice(_message.Message):
+    __slots__ = ("version", "tick", "lineage", "data", "prompt_ids", "basis_version", "reuse", "old_logprobs")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TICK_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
+    BASIS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REUSE_FIELD_NUMBER: _ClassVar[int]
+    OLD_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    tick: int
+    lineage: int
+    data: BatchData
+    prompt_ids: bytes
+    basis_version: int
+    reuse: int
+    old_logprobs: bytes
+    def __init__(self, version: _Optional[int] = ..., tick: _Optional[int] = ..., lineage: _Optional[int] = ..., data: _Optional[_Union[BatchData, _Mapping]] = ..., prompt_ids: _Optional[bytes] = ..., basis_version: _Optional[int] = ..., reuse: _Optional[int] = ..., old_logprobs: _Optional[bytes] = ...) -> None: ...
+
+class Correction(_message.Message):
+    __slots__ = ("version", "tick", "born", "not_before", "lineage", "packet", "digest")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TICK_FIELD_NUMBER: _ClassVar[int]
+    BORN_FIELD_NUMBER: _ClassVar[int]
+    NOT_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    PACKET_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    tick: int
+    born: int
+    not_before: int
+    lineage: int
+    packet: bytes
+    digest: bytes
+    def __init__(self, version: _Optional[int] = ..., tick: _Optional[int] = ..., born: _Optional[int] = ..., not_before: _Optional[int] = ..., lineage: _Optional[int] = ..., packet: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...

@@ -1,27 +1,30 @@
-"""The compression bases: version 0 from the initial checkpoint, later ones from the stages' sketches. No stream, no clock.
+"""The compression bases: version 0 from the initial checkpoint, and the versions after it. No stream, no clock.
 
-A basis is refreshed by one warm-started step (codec/fit.py): over a window each sender sums V_C = C E of what it sends,
-with fit `metric` each receiver of activations V_G = G D^T of their gradients, and the anchor adds those of all replicas
-and makes the next pair. That is H x r numbers a boundary, direction and part, and no backward pass on the anchor.
+With `anchor.q_source = stage_sketch` a basis is refreshed by one warm-started step (codec/fit.py): over a window each
+sender sums V_C = C E of what it sends, with fit `metric` each receiver of activations V_G = G D^T of their gradients,
+and the anchor adds those of all replicas and makes the next pair. That is H x r numbers a boundary, direction and part,
+and no backward pass on the anchor. With `anchor_replay` the pairs come from replay_bases.py; what a version is, and what
+is said of it, is the same.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from anchor_node.steering import Decision, Steering, Window
-from codec.basis import Basis
+from codec.basis import Basis, pair_error
 from codec.errors import SpecError
 from codec.fit import Fit, FitName, fit_pair, metric_weights, moment, moment_weights, overlap, refine, widened
 from codec.spec import Direction, LinkSpec
 from swarm_core.learning.logprobs import token_logprobs
 from swarm_core.learning.microbatch import Microbatch, Sample, completion_rows, pack_rows, split_microbatches
 from swarm_core.learning.stage import Stage
-from swarm_core.wire.bases import Key, basis_of, key_of, matrix_of, sketch_of
+from swarm_core.wire.bases import Key, as_changes, basis_of, key_of, matrix_of, sketch_of
 from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.messages import BasisMatrix, BasisSet, Sketch
 
@@ -95,13 +98,26 @@ def first_bases(
 def part_for_stage(bases: BasisSet, stage: int) -> BasisSet:
     """Only the boundaries on either side of a stage."""
     near = [m for m in bases.matrices if m.boundary in (stage - 1, stage)]
-    return BasisSet(bases.version, bases.tick, near)
+    return replace(bases, matrices=near)
+
+
+def condition(basis: Basis) -> float:
+    """||E|| ||D||, spectral: how many times larger the share of a row that changes may be than that of its coefficients.
+
+    1 for an orthonormal basis, 5 to 30 for sound pairs in a metric (the smaller `fit_ridge`, the more). It is what tells
+    a broken basis: columns that are dependent to 1 % have 200, and from 2^9 on one rounding to bf16 may be as large as
+    the row, while D E is still the identity to 1e-5.
+    """
+    encoder_HR, decoder_RH = basis.encoder_HR.double(), basis.decoder_RH.double()
+    squares = [torch.linalg.eigvalsh(gram)[-1] for gram in (encoder_HR.T @ encoder_HR, decoder_RH @ decoder_RH.T)]
+    return float((squares[0] * squares[1]).sqrt())
 
 
 class BasisKeeper:
-    """Collects the sketches of a window and makes the next version when all boundaries, directions and parts are in.
+    """Makes the next version when all boundaries, directions and parts of a window are in, or of a replay's pairs.
 
     `current` is the newest version exactly as it was broadcast: what a late member, and a checkpoint, must get.
+    `changes` is the same for whoever holds the version before it; None for the first one.
     """
 
     def __init__(
@@ -115,8 +131,10 @@ class BasisKeeper:
     ) -> None:
         self.spec = spec
         self.current = current
+        self.changes: BasisSet | None = None
         self.overlap: dict[Key, float] = {}  # of the newest version's encoders with those before
         self.share: dict[Key, float] = {}  # of all that the sketches show, in the fit's own measure, what it keeps
+        self.weakest: dict[Key, float] = {}  # the least variance that it keeps over the largest
         self.decisions: dict[Key, Decision] = {}  # of the steering, for the newest version
         self._ridge = ridge
         self._steering = steering or {}
@@ -136,6 +154,31 @@ class BasisKeeper:
     def bases(self) -> dict[Key, Basis]:
         """The newest version, as everybody holds it."""
         return self._held[self.version]
+
+    def held(self, version: int) -> dict[Key, Basis] | None:
+        """A version as everybody held it, while it is among the newest few; None: it is gone."""
+        return self._held.get(version)
+
+    def numbers(self) -> dict[str, float]:
+        """What the newest version is like, a boundary and direction, for the metrics.
+
+        `overlap` (with the version before: drift), `fit` (the share it keeps), `weakest`, of what has just been made;
+        `rank`, `step`, `condition` and `identity_error` (max |D E - I|) of the basis as everybody holds it.
+        """
+        measures: dict[str, Mapping[Key, float]] = {
+            "overlap": self.overlap,
+            "fit": self.share,
+            "weakest": self.weakest,
+            "rank": {key: basis.rank for key, basis in self.bases.items()},
+            "step": {key: basis.step for key, basis in self.bases.items()},
+            "condition": {key: condition(basis) for key, basis in self.bases.items()},
+            "identity_error": {key: pair_error(b.encoder_HR, b.decoder_RH) for key, b in self.bases.items()},
+        }
+        return {
+            f"basis/{name}_{direction.name.lower()}/boundary_{boundary}": value
+            for name, values in measures.items()
+            for (boundary, direction), value in values.items()
+        }
 
     def add(self, sketch: Sketch) -> BasisSet | None:
         """Take one sketch; the new basis set when it was the last one missing. Raises BadFrame.
@@ -157,29 +200,52 @@ class BasisKeeper:
         if set(window) != self._wanted:
             return None
         self._windows = {at: parts for at, parts in self._windows.items() if at[0] > sketch.tick}
-        return self._next(sketch, window)
+        against = self._held[sketch.version]
 
-    def _next(self, sketch: Sketch, window: dict[tuple[int, Direction, int], _Sum]) -> BasisSet | None:
-        """The next version; where a sketch gives no basis the one in use stays; None when none gives any."""
-        version, matrices, refreshed = self.version + 1, [], 0
+        def refreshed(key: Key) -> Fit:
+            return self._refresh(against[key], window[(*key, MOMENT)], window.get((*key, METRIC)))
+
+        return self._next(sketch.tick, refreshed, {key: (against[key].step, window[(*key, MOMENT)]) for key in against})
+
+    def adopt(self, tick: int, fits: Mapping[Key, Fit]) -> BasisSet | None:
+        """The next version of pairs that were fitted elsewhere (replay_bases.py), of a tick; None without a sound one.
+
+        Where there is none the basis in use stays. So do all steps: without packets there is nothing to steer by.
+        """
+
+        def pair(key: Key) -> Fit:
+            if key not in fits:
+                raise SpecError("pairs of a replay", sorted(fits), "one of every boundary and direction")
+            return fits[key]
+
+        return self._next(tick, pair, {key: (basis.step, None) for key, basis in self.bases.items()})
+
+    def _next(
+        self, tick: int, fit: Callable[[Key], Fit], seen: Mapping[Key, tuple[float, _Sum | None]]
+    ) -> BasisSet | None:
+        """The next version; where `fit` gives no basis the one in use stays; None when it gives none at all.
+
+        `seen`: the step that a pair is to have unless it is steered, and what the steering goes by.
+        """
+        version, matrices = self.version + 1, []
         held: dict[Key, Basis] = {}
-        self.decisions, self.share = {}, {}
+        self.decisions, self.share, self.weakest = {}, {}, {}
         for matrix in self.current.matrices:
             key = key_of(matrix, self._boundaries)
-            old, seen = self._held[sketch.version][key], window[(*key, MOMENT)]
             try:
-                made = self._refresh(old, seen, window.get((*key, METRIC)))
-                matrix, held[key] = self._steered(key, version, old.step, made, seen)
+                made = fit(key)
+                matrix, held[key] = self._steered(key, version, made, *seen[key])
                 self.share[key] = float(made.eigenvalues_R.sum()) / made.total
-                refreshed += 1
+                self.weakest[key] = float(made.eigenvalues_R[-1]) / max(float(made.eigenvalues_R[0]), 1e-300)
             except (SpecError, BadFrame, torch.linalg.LinAlgError) as error:
                 log.warning("basis of boundary %d, %s, stays as it is: %s", key[0], key[1].name.lower(), error)
                 held[key] = basis_of(matrix, version, self.spec)
             matrices.append(matrix)
-        if not refreshed:
+        if not self.share:
             return None
-        before = self.bases
-        self.current = BasisSet(version, sketch.tick, matrices)
+        before, last = self.bases, self.current
+        self.current = BasisSet(version, tick, matrices)
+        self.changes = as_changes(self.current, last)
         self._held[version] = held
         self._held = {v: held for v, held in self._held.items() if v > version - KEPT_VERSIONS}
         self.overlap = {k: float(overlap(before[k].encoder_HR, b.encoder_HR)) for k, b in self.bases.items()}
@@ -190,11 +256,11 @@ class BasisKeeper:
             return refine(old, seen.v_HR, seen.trace)
         return refine(old, seen.v_HR, seen.trace, metric.v_HR, metric.trace, self._ridge)
 
-    def _steered(self, key: Key, version: int, step: float, made: Fit, seen: _Sum) -> tuple[BasisMatrix, Basis]:
+    def _steered(self, key: Key, version: int, made: Fit, step: float, seen: _Sum | None) -> tuple[BasisMatrix, Basis]:
         """A fit as it travels and as everybody will hold it, with the rank and step that the steering wants, if any."""
         rank = made.encoder_HR.shape[1]
         decision = None
-        if key[1] in self._steering and seen.rows and seen.packet_bytes:
+        if seen is not None and key[1] in self._steering and seen.rows and seen.packet_bytes:
             # With `total` for the width, a share's spread is the coefficient's own, whatever the metric.
             shares = [value / made.total for value in made.eigenvalues_R.tolist()]
             window = Window(shares, made.total, seen.packet_bytes / seen.rows, step)

@@ -27,12 +27,13 @@ log = logging.getLogger(__name__)
 INK, MUTED, GRID, CARD = "#010203", "#040506", "#070809", "#0a0b0c"
 BLUE, ORANGE, GREEN, PURPLE = "#0d0e0f", "#101112", "#131415", "#161718"
 AMBER, SKY, BROWN = "#191a1b", "#1c1d1e", "#1f2021"
+VIOLET, OLIVE, ROSE = "#222324", "#252627", "#28292a"
 VARIABLES = {
     INK: "--ink", MUTED: "--muted", GRID: "--grid", CARD: "--card", BLUE: "--blue", ORANGE: "--orange",
     GREEN: "--green", PURPLE: "--purple", AMBER: "--amber", SKY: "--sky",
-    BROWN: "--brown",
+    BROWN: "--brown", VIOLET: "--violet", OLIVE: "--olive", ROSE: "--rose",
 }  # fmt: skip
-SERIES = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BROWN)
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BROWN, VIOLET, OLIVE, ROSE)
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 WIDE_PX, NARROW_PX = 1000, 350
@@ -46,11 +47,11 @@ MANY = 40
 PAGE_CSS = """
 :root { color-scheme: light dark; --paper: #f7f6f3; --card: #ffffff; --ink: #21252b; --muted: #636b76; --grid: #e2e2de;
   --blue: #0072b2; --orange: #c94f00; --green: #00805c; --purple: #a8518a; --amber: #a87400; --sky: #2f8fc4;
-  --brown: #7a5537; }
+  --brown: #7a5537; --violet: #6553b5; --olive: #6f7a12; --rose: #c0304f; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #15171a; --card: #1d2024; --ink: #e6e6e3; --muted: #9aa1ab; --grid: #363b42;
     --blue: #62b0ea; --orange: #ff8a4c; --green: #3fc79c; --purple: #de94c2; --amber: #edb72e; --sky: #9ad4f7;
-    --brown: #c9a283; } }
+    --brown: #c9a283; --violet: #a99cf5; --olive: #c3cc5c; --rose: #ff7c93; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); -webkit-text-size-adjust: 100%;
   font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Helvetica Neue", sans-serif; }
@@ -96,14 +97,23 @@ aside p { margin: 4px 0; }
   svg.wide { display: none; } svg.narrow { display: block; }
   th, td { padding: 6px 10px; }
   /* Two lines or three a row: which flow, then its numbers; side by side they would lie outside the screen. */
-  #ledger tr, #bases tr { display: grid; grid-template-columns: repeat(60, 1fr); padding: 4px 8px;
-    border-bottom: 1px solid var(--grid); }
-  #ledger tr > *, #bases tr > * { border: 0; padding: 2px; font-size: 13px; white-space: normal; }
+  :is(#ledger, #bases, #refresh-clips, #corrections-made, #correction-bytes) tr { display: grid;
+    grid-template-columns: repeat(60, 1fr); padding: 4px 8px; border-bottom: 1px solid var(--grid); }
+  :is(#ledger, #bases, #refresh-clips, #corrections-made, #correction-bytes) tr > * { border: 0; padding: 2px;
+    font-size: 13px; white-space: normal; }
   #ledger tr > :nth-child(1) { grid-column: span 24; } #ledger tr > :nth-child(2) { grid-column: span 11; }
   #ledger tr > :nth-child(3) { grid-column: span 25; } #ledger tr > :nth-child(n+4) { grid-column: span 12; }
   #ledger tr:has(:nth-child(9)) > :nth-child(n+4) { grid-column: span 10; font-size: 11.5px;
     padding: 2px 0; }
-  #bases tr > * { grid-column: span 30; } #bases tr > :nth-child(n+5) { grid-column: span 20; } }
+  #ledger tr.sum > :nth-child(n+4) { font-size: 11.5px; padding: 2px 0; }
+  #bases tr > * { grid-column: span 30; } #bases tr > :nth-child(n+5) { grid-column: span 20; }
+  :is(#refresh-clips, #correction-bytes) tr > * { grid-column: span 20; font-size: 12px; }
+  #correction-bytes tr > :first-child { grid-column: span 60; font-size: 13px; }
+  #refresh-clips tr > :first-child { grid-column: 1 / 46; font-size: 13px; }
+  #refresh-clips tr > :nth-child(5) { grid-area: 1 / 46 / 2 / 61; }
+  #corrections-made tr > * { grid-column: span 12; font-size: 11.5px; }
+  #corrections-made tr > :nth-child(4n) { grid-column: span 19; } #corrections-made tr > :nth-child(7) { grid-column: span 17; }
+  #corrections-made tr > :nth-child(2) { grid-column: span 15; } #corrections-made tr > :nth-child(3) { grid-column: span 14; } }
 @media print { body { background: none; } main { max-width: none; padding: 0; } figure, .scroll { break-inside: avoid; } }
 """
 
@@ -269,6 +279,19 @@ def curve(
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def mark_refreshes(
+    ax: Axes, ticks: Sequence[int], label: str | None = None, color: str = MUTED, dash: Any = (0, (1, 2))
+) -> None:
+    """Thin lines where a new basis came into use. Many of them become a fringe at the top: full lines would be a grey
+    wall. Nothing in a panel without data, which must still look empty."""
+    if not ax.has_data():
+        return
+    low = 0.0 if len(ticks) <= MANY else 0.96
+    for place, tick in enumerate(ticks):
+        ax.axvline(tick, low, 1, color=color, linewidth=1, alpha=0.7, linestyle=dash, zorder=1,
+                   label=label if place == 0 else None)  # fmt: skip
 
 
 def percent_axis(ax: Axes) -> None:

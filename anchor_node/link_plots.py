@@ -38,6 +38,8 @@ Line = tuple[str, list[float], list[float]]
 
 def link_plans(record: RunRecord) -> list[Plan]:
     """The figures that this run has something for."""
+    pinned = record.knob("anchor", "pin_basis") is not False
+    in_use = "from the next rollout batch on" if pinned else "as soon as all stages hold it, also inside a batch"
     figures = (
         (
             "basis",
@@ -65,8 +67,9 @@ def link_plans(record: RunRecord) -> list[Plan]:
             "versions",
             "Versions of the bases",
             (
-                "Each refresh, at the tick it was made; it is in use from the next rollout batch on. Overlap of "
-                "the encoder’s subspace with the one before: 1 is the same. Rank and step of the quantiser are drawn where "
+                f"Each refresh, at the tick it was made; it is in use {in_use}. Overlap of "
+                "the encoder’s subspace with the one before: 1 is the same. Condition: how many times larger a change of a "
+                "row may be than that of its coefficients; hundreds are a broken basis. Rank and step of the quantiser are drawn where "
                 "they changed."
             ),
             _version_panels(record),
@@ -228,9 +231,13 @@ def versions(record: RunRecord) -> list[dict[str, Any]]:
 def _version_panels(record: RunRecord) -> list[Panel]:
     made = versions(record)
     panels = []
-    overlap = _by_direction(made, "overlap")
-    if len(made) >= FEW_VERSIONS and overlap:
-        panels.append(_version_panel(overlap, "Overlap with the version before", "1 = the same", "default"))
+    for what, title, unit in (
+        ("overlap", "Overlap with the version before", "1 = the same"),
+        ("condition", "Condition", "‖E‖ ‖D‖; 1 = orthonormal"),
+    ):
+        lines = _by_direction(made, what)
+        if len(made) >= FEW_VERSIONS and lines:
+            panels.append(_version_panel(lines, title, unit, "default"))
     for what, title, unit in (("rank", "Rank", "columns"), ("step", "Quantiser step", "for rows of rms 1")):
         lines = _by_direction([first_version(record), *made], what)
         if any(len(set(ys)) > 1 for _, _, (_, _, ys) in lines):

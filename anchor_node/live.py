@@ -22,6 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from anchor_node.correction_sums import REFUSALS, made_text, merge_text
 from anchor_node.record import (
     KIND_ORDER,
     LINK_KINDS,
@@ -56,7 +57,8 @@ class LiveTable:
     """The last ticks of a run, with a header; use as a context manager, or call `start` and `stop`.
 
     `stages` is a number, `links` one line about the codec ("2 links, rank 24/48 of 896"), `target_ticks` 0 or None when
-    the run is open-ended, `first_tick` the tick at which this process began (after a resume). Thread-safe.
+    the run is open-ended, `first_tick` the tick at which this process began (after a resume), `merger` the knob of that
+    name: with one, two lines tell the correction in use and the anchor's state. Thread-safe.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class LiveTable:
         links: str = "",
         target_ticks: int | None = None,
         first_tick: int = 0,
+        merger: str = "none",
         rows: int = 12,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -84,6 +87,8 @@ class LiveTable:
         self._done = first_tick
         self._counts = {"commit": 0, "skip": 0}
         self._last_eval = self._last_event = self._last_error = self._last_fault = self._last_probe = ""
+        self._merger, self._merged_now, self._last_merge, self._made = merger, False, "", ""
+        self._refused, self._waited_s = 0, 0.0
         self._live: Live | None = None
         self._stderr_logs: list[tuple[logging.Handler, logging.Handler]] = []
 
@@ -184,7 +189,9 @@ class LiveTable:
         if kind == "event":
             name, message = _printable(row.get("event") or "event"), _printable(row.get("message") or "")
             text = f"{'' if tick is None else f'tick {tick}: '}{name}{': ' + message if message else ''}"
-            if "error" in name or "dropped" in name or "fail" in name:
+            self._made = (made_text(row) if name == "correction" else "") or self._made
+            self._refused += name in REFUSALS
+            if any(word in name for word in ("error", "dropped", "fail", "refused")):
                 self._last_error = text
             else:
                 self._last_event = text
@@ -215,6 +222,9 @@ class LiveTable:
             self._last_fault = _printable(row["fault"])  # it names its tick
         if probe := _probe(row):
             self._last_probe = f"{probe} at tick {tick}"
+        merge = merge_text(row)
+        self._merged_now, self._last_merge = bool(merge), f"{merge}, at tick {tick}" if merge else self._last_merge
+        self._waited_s += number(row.get("anchor/wait_s")) or 0.0
         return self._plain_line(row)
 
     def _plain_line(self, row: dict[str, Any]) -> str:
@@ -227,6 +237,8 @@ class LiveTable:
             parts.append(f"links of tick {row['tick'] - 1}: {byte_text(sent)}, {share_text(sent / dense)} of dense")
         if probe := _probe(row):
             parts.append(f"fidelity {probe}")
+        if merge := merge_text(row):
+            parts.append(f"correction {merge}")
         if row.get("fault"):
             parts.append(f"fault: {_printable(row['fault'])}")
         return "  ".join(parts)
@@ -301,6 +313,7 @@ class LiveTable:
         dense, sent = self._link
         lines = [
             ("fidelity", self._last_probe, ""),
+            *self._correction_lines(),
             ("validation", self._last_eval, ""),
             ("event", self._last_event, "dim"),
             ("skipped", self._last_fault, "yellow"),
@@ -321,6 +334,17 @@ class LiveTable:
             if text:
                 grid.add_row(Text(name, style="dim"), Text(text, style=style))
         return grid
+
+    def _correction_lines(self) -> list[tuple[str, str, str]]:
+        """The correction in use, and what the anchor does; none where the run has no merger."""
+        if self._merger in ("", "none") and not (self._last_merge or self._made or self._refused):
+            return []
+        used = self._last_merge or "none yet"
+        if self._last_merge and not self._merged_now:
+            used = f"none in the last tick; before: {used}"
+        refused = f", {self._refused} refused" if self._refused else ""
+        state = f"ticks waited {self._waited_s:g} s{refused}; {self._made or 'no correction made yet'}"
+        return [("correction", used, ""), ("anchor", state, "yellow" if self._waited_s else "dim")]
 
 
 def _sizes(count: ByteCount | Sequence[int]) -> tuple[int, int]:

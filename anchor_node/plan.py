@@ -11,17 +11,23 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from anchor_node.corrector import pair_bytes
 from anchor_node.record import byte_text
-from anchor_node.serve import prepare
+from anchor_node.serve import prepare, trace_of
+from codec.corrections import largest_bytes
 from codec.spec import Direction, dense_bytes, packet_bytes
 from swarm_core.config import RunConfig
 from swarm_core.data.dataset import Row, load_rows
 from swarm_core.data.prompts import encode_prompt
 from swarm_core.errors import KedgeError, UserError
+from swarm_core.learning.latency import FireSchedule
 from swarm_core.learning.partition import stage_flops
+from swarm_core.learning.replay_ring import MIB, ReplayRing
 from swarm_core.learning.rewards import resolve as resolve_reward
+from swarm_core.manifest import Manifest
 from swarm_core.models.architecture import read_shape
 from swarm_core.models.reading import load_tokenizer, tensor_shapes
+from swarm_core.wire.corrections import correction_spec
 
 STATE_BYTES = 16  # a parameter in fp32: weight, gradient, two moments
 LONGEST_ROWS = 256  # prompts that are tokenized to find the longest; letters and tokens rank nearly alike
@@ -59,6 +65,8 @@ def print_plan(config: RunConfig) -> None:
             f"{stage_flops(shape, span) / total:.0%}",
         )
     console.print(table)
+    if (fires := manifest.fires(trace_of(config))) is not None:
+        _print_corrections(console, config, manifest, path, fires)
     if manifest.boundaries == 0:
         return
     g, link = config.grpo, manifest.link()
@@ -82,6 +90,22 @@ def print_plan(config: RunConfig) -> None:
     for mbps in (50, 100, 500):
         seconds = max(forward, backward) * 8 / mbps / 1e6
         console.print(f"  at {mbps} Mbit/s the larger direction takes {seconds:.2f} s a tick")
+
+
+def _print_corrections(
+    console: Console, config: RunConfig, manifest: Manifest, path: Path, fires: FireSchedule
+) -> None:
+    """What the slow circuit ships, and what the anchor keeps. Raises LearningError for a ring that is too small."""
+    shape, pair = read_shape(path), pair_bytes(manifest, path)
+    ReplayRing(fires, manifest.stages, config.anchor.ring_mb * MIB).check(pair)
+    spec = correction_spec(config)
+    parts = [list(tensor_shapes(shape, span).values()) for span in manifest.spans]
+    packets = sum(largest_bytes(spec, shapes) for shapes in parts)
+    console.print(
+        f"corrections: every {config.anchor.m_cadence} ticks at most {byte_text(pair)} of weights and rollouts to the anchor, "
+        f"{byte_text(packets)} back ({spec.form}); it keeps up to {fires.most_pairs()} pairs on disk, "
+        f"{byte_text(fires.most_pairs() * pair)}"
+    )
 
 
 def _check(config: RunConfig, path: Path, rows: list[Row]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from anchor_node.correction_plots import correction_plans, refresh_plans
 from anchor_node.drawing import (
     BLUE,
     CARD,
@@ -27,12 +28,14 @@ from anchor_node.drawing import (
     bytes_axis,
     curve,
     draw,
+    mark_refreshes,
     natural,
     percent_axis,
     points,
 )
 from anchor_node.link_plots import link_plans
 from anchor_node.record import LINK_KINDS, RunRecord, kind_rank, ledger_summary, number, share_text
+from anchor_node.refreshes import new_basis_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 
 def draw_all(record: RunRecord) -> list[Drawing]:
     """All figures of a run, in reading order. One that has no data, or fails, says so instead of ending the report;
-    those about links are left out where nothing was measured."""
+    those about links, refreshes and corrections are left out where nothing was measured."""
     plans = (
         Plan(
             "reward",
@@ -69,11 +72,13 @@ def draw_all(record: RunRecord) -> list[Drawing]:
             _dgg,
         ),
         *link_plans(record),
+        *refresh_plans(record),
+        *correction_plans(record),
         Plan(
             "policy",
             "Policy: entropy, clipping, length",
             "Length or entropy that runs away is the earliest sign of a collapse. Clip fractions that jump after a basis "
-            "refresh mean that the ratio compares two different networks.",
+            "refresh (dotted lines) mean that the ratio compares two different networks.",
             _policy,
             panels=4,
             height_px=260,
@@ -100,16 +105,6 @@ def draw_all(record: RunRecord) -> list[Drawing]:
 
 def _skipped(row: dict[str, Any]) -> bool:
     return row.get("outcome") == "skip" or bool(number(row.get("dgg/gated")))
-
-
-def refreshes(record: RunRecord) -> list[int]:
-    """Ticks at which a new basis took effect: where the version in the tick rows changes. Without versions, the events,
-    which tell when it was broadcast; it is in use from the next batch on."""
-    xs, versions = points(record.ticks, "basis/version")
-    if versions:
-        return [int(xs[i]) for i in range(1, len(xs)) if versions[i] != versions[i - 1]]
-    told = (number(event.get("tick")) for event in record.events if event.get("event") == "basis")
-    return [int(tick) for tick in told if tick is not None]
 
 
 def _reward(axes: Sequence[Axes], record: RunRecord) -> bool:
@@ -139,12 +134,7 @@ def _reward(axes: Sequence[Axes], record: RunRecord) -> bool:
             drawn = True
     if not drawn:
         return False
-    marks = refreshes(record)
-    for place, tick in enumerate(marks):
-        # Many refreshes become a fringe at the top: full lines would be a grey wall.
-        low = 0.0 if len(marks) <= MANY else 0.96
-        ax.axvline(tick, low, 1, color=MUTED, linewidth=1, alpha=0.7, linestyle=(0, (1, 2)), zorder=1,
-                   label="new basis in use" if place == 0 else None)  # fmt: skip
+    mark_refreshes(ax, new_basis_ticks(record), "new basis in use")
     skipped = [row["tick"] for row in record.ticks if _skipped(row)]
     if skipped:
         ax.plot(skipped, [0.02] * len(skipped), "x" if len(skipped) <= MANY else "|", color=PURPLE, markersize=6, markeredgewidth=1.6, clip_on=False,
@@ -272,14 +262,15 @@ def _panel(
 def _policy(axes: Sequence[Axes], record: RunRecord) -> bool:
     clips = [("clip_ratio/region_mean", "any side"), ("clip_ratio/low_mean", "low"), ("clip_ratio/high_mean", "high")]
     length, cut = [("completions/mean_length", "")], [("completions/clipped_ratio", "")]
-    return any(
-        [
-            _panel(axes[0], record, "Entropy", "nats a token", [("entropy", "")]),
-            _panel(axes[1], record, "Clip fraction", "of tokens", clips, percent=True),
-            _panel(axes[2], record, "Completion length", "tokens", length),
-            _panel(axes[3], record, "Cut at the length limit", "of completions", cut, percent=True),
-        ]
-    )
+    drawn = [
+        _panel(axes[0], record, "Entropy", "nats a token", [("entropy", "")]),
+        _panel(axes[1], record, "Clip fraction", "of tokens", clips, percent=True),
+        _panel(axes[2], record, "Completion length", "tokens", length),
+        _panel(axes[3], record, "Cut at the length limit", "of completions", cut, percent=True),
+    ]
+    for ax in axes:
+        mark_refreshes(ax, new_basis_ticks(record))
+    return any(drawn)
 
 
 def _signal(axes: Sequence[Axes], record: RunRecord) -> bool:

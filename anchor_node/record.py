@@ -21,10 +21,16 @@ from rich.table import Table
 
 #: The kinds that cross a link inside a tick; a bare "share of dense" is always the share of these two together.
 LINK_KINDS = ("activation", "gradient")
-#: What compression costs besides: a dense run would send none of it.
-UPKEEP = {"basis": "bases", "sketch": "sketches", "fidelity": "fidelity probes"}
+#: What compression and the anchor's corrections cost besides: a dense run would send none of it.
+UPKEEP = {
+    "basis": "bases",
+    "sketch": "sketches",
+    "snapshot": "snapshots",
+    "correction": "corrections",
+    "fidelity": "fidelity probes",
+}
 #: Reading order of tables and plots: the fast path first, then the slow loop, then everything else.
-KIND_ORDER = (*LINK_KINDS, *UPKEEP, "snapshot", "correction", "weights", "rollout", "state", "control")
+KIND_ORDER = (*LINK_KINDS, *UPKEEP, "weights", "rollout", "state", "control")
 
 Row = Mapping[str, Any]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from anchor_node.correction_tables import correction_section, refresh_section
 from anchor_node.drawing import PAGE_CSS
 from anchor_node.plots import draw_all
 from anchor_node.record import (
@@ -68,6 +69,8 @@ def _page(record: RunRecord, summary: LedgerSummary) -> str:
         "bytes": (byte_table(summary),),
         "basis": (basis_table(record),),
         "fidelity": (probe_table(record),),
+        "refreshes": (refresh_section(record),),
+        "corrections": (correction_section(record, summary),),
         "signal": (vital_table(record),),
     }
     figures = "".join(

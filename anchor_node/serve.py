@@ -19,6 +19,7 @@ import torch
 from anchor_node.books import Books
 from anchor_node.calibrator import BasisKeeper, calibration_samples, directions, first_bases
 from anchor_node.checkpoints import Checkpoint, CheckpointError, found, load_bases, resumable
+from anchor_node.corrector import Corrector
 from anchor_node.live import LiveTable
 from anchor_node.service import AnchorService
 from anchor_node.steering import Steering
@@ -26,7 +27,9 @@ from codec.spec import Direction
 from swarm_core.config import RunConfig
 from swarm_core.data.dataset import Row, load_rows, prompt_indices
 from swarm_core.data.prompts import encode_prompt
+from swarm_core.errors import UserError
 from swarm_core.exits import leave_terminal
+from swarm_core.learning.latency import FireSchedule, read_trace
 from swarm_core.manifest import Manifest, make_manifest
 from swarm_core.models.architecture import eos_ids, fingerprint, read_shape, resolve
 from swarm_core.models.reading import load_tokenizer, open_stage
@@ -90,6 +93,11 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
         screen.start()
         reminder = asyncio.create_task(_remind(service))
         try:
+            if (fires := manifest.fires(trace_of(config))) is not None:
+                service.corrector = await asyncio.to_thread(corrector_of, service, model_path, fires)
+                replays = asyncio.create_task(service.corrector.run())
+                replays.add_done_callback(service.replays_ended)
+                stack.callback(replays.cancel)
             if config.links.kind == "lowrank" and manifest.boundaries:
                 service.keeper = await asyncio.to_thread(keeper_of, manifest, model_path, rows, resume)
             service.open()
@@ -151,13 +159,48 @@ def keeper_of(manifest: Manifest, model_path: Path, rows: list[Row], resume: Che
         ) from None
 
 
+def corrector_of(service: AnchorService, model_path: Path, fires: FireSchedule) -> Corrector:
+    """The provider of corrections. Raises LearningError where the replay ring is too small for the cadence."""
+    device = service.manifest.config.run.device
+    cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
+    return Corrector(
+        service.manifest,
+        model_path,
+        service.out,
+        torch.device("cuda" if cuda else "cpu"),
+        fires,
+        send=service.send_correction,
+        event=service.event,
+        now=lambda: service.tick,
+        bases=lambda version: service.keeper.held(version) if service.keeper is not None else None,
+    )
+
+
+def trace_of(config: RunConfig) -> tuple[int, ...]:
+    """The latencies of `anchor.latency_trace`. Raises LearningError, UserError."""
+    file = config.anchor.latency_trace
+    if file is None or config.corrections.merger == "none":
+        return ()
+    try:
+        return read_trace(file.read_text(), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"anchor.latency_trace {file}: cannot be read ({error}); wanted a text file, a K a line"
+        ) from None
+
+
 def _table(config: RunConfig, manifest: Manifest, first_tick: int) -> LiveTable:
     link = manifest.link()
     words = f"{manifest.boundaries} x {link.kind}"
     if link.kind == "lowrank":
         words += f", rank {link.columns(Direction.FORWARD)}/{link.columns(Direction.BACKWARD)} of {link.width}"
     return LiveTable(
-        config.run.name, stages=manifest.stages, links=words, target_ticks=config.run.ticks, first_tick=first_tick
+        config.run.name,
+        stages=manifest.stages,
+        links=words,
+        target_ticks=config.run.ticks,
+        first_tick=first_tick,
+        merger=config.corrections.merger,
     )
 
 

@@ -5,25 +5,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from anchor_node.books import Books
 from anchor_node.calibrator import BasisKeeper, part_for_stage
 from anchor_node.checkpoints import Checkpoint, complete, set_later_aside
+from anchor_node.corrector import Corrector
 from anchor_node.roster import Member, Roster
+from codec.fit import Fit
 from swarm_core.manifest import Manifest
+from swarm_core.wire.bases import Key
 from swarm_core.wire.errors import BadFrame, PeerLost, Refused
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
+    Correction,
     FrameKind,
     Hello,
     Ready,
     Report,
     Saved,
     Sketch,
+    Slice,
+    Snapshot,
     Start,
     Stop,
     Welcome,
@@ -69,6 +76,8 @@ class AnchorService:
         self.roster = Roster(manifest.stages, self.digest, manifest.model_fingerprint)
         self.screen, self.out, self.resume, self.ledger = screen, out, resume, ledger
         self.keeper: BasisKeeper | None = None
+        self.corrector: Corrector | None = None
+        self._taking: set[asyncio.Task[None]] = set()  # snapshots whose last part has come
         self.address = "HOST:PORT"  # where a sampler on this machine dials in
         self.tick = resume.tick if resume else 0
         self._open = asyncio.Event()
@@ -76,6 +85,7 @@ class AnchorService:
         self.server = Server("Anchor", {"Attend": self._attend, "Sample": self._sample}, ledger)
         self._stages: dict[int, Outbox] = {}
         self._samplers: list[Outbox] = []
+        self._bases_sent: WeakKeyDictionary[Outbox, int] = WeakKeyDictionary()  # the last version posted to a member
         self._owed: set[str] | None = None  # what the run still owes once it has finished: a checkpoint, an evaluation
         self._evaluated = -1  # the weights that a sampler has last answered an evaluation for
         self._complete: set[str] = {resume.name} if resume else set()
@@ -154,6 +164,8 @@ class AnchorService:
                 self._note(report)
             case FrameKind.SKETCH:
                 self._take_sketch(from_bytes(Sketch, frame.payload))
+            case FrameKind.SNAPSHOT | FrameKind.SLICE if self.corrector is not None:
+                self._to_corrector(self.corrector, member.stage, frame)
             case FrameKind.SAVED:
                 self._take_saved(member.stage, from_bytes(Saved, frame.payload))
             case FrameKind.STOP:
@@ -166,10 +178,12 @@ class AnchorService:
         if self.resume is not None:
             self.books.cut(self.resume.tick)
             set_later_aside(self.out, self.resume)
+        if self.corrector is not None:
+            self.corrector.take_up(self.tick)
         for stage, box in self._stages.items():
-            if self.keeper is not None:
-                self._post(box, FrameKind.BASIS, part_for_stage(self.keeper.current, stage))
+            self._post_bases(box, stage)
             self._post(box, FrameKind.START, self._start_message())
+            self._post_newest(stage)
         for box in self._samplers:
             self._start_sampler(box)
         self.event("start", f"{self.manifest.stages} stages, at tick {self.tick}")
@@ -220,8 +234,7 @@ class AnchorService:
             self.event("waiting", f"for a sampler; start: swarm_worker sample --anchor {self.address}")
 
     def _start_sampler(self, box: Outbox) -> None:
-        if self.keeper is not None:
-            self._post(box, FrameKind.BASIS, self.keeper.current)
+        self._post_bases(box)
         self._post(box, FrameKind.START, self._start_message())
 
     # What is reported --------------------------------------------------------------------------------------------------
@@ -253,29 +266,72 @@ class AnchorService:
                 self._settle(EVALUATION)
 
     def _take_sketch(self, sketch: Sketch) -> None:
-        if self.keeper is None:
-            raise BadFrame("a sketch came, but these links have no basis")
-        new = self.keeper.add(sketch)
-        if new is None:
+        if self.keeper is None or self.manifest.config.anchor.q_source != "stage_sketch":
+            raise BadFrame("a sketch came, but no basis of these links is made of sketches")
+        if self.keeper.add(sketch) is None:
             return
-        for stage, box in self._stages.items():
-            self._post(box, FrameKind.BASIS, part_for_stage(new, stage))
-        for box in self._samplers:
-            self._post(box, FrameKind.BASIS, new)
-        numbers = {
-            f"basis/overlap_{direction.name.lower()}/boundary_{boundary}": value
-            for (boundary, direction), value in self.keeper.overlap.items()
-        }
-        lowest = min(numbers.values())
-        for (boundary, direction), basis in self.keeper.bases.items():
-            name = f"{direction.name.lower()}/boundary_{boundary}"
-            numbers |= {f"basis/rank_{name}": basis.rank, f"basis/step_{name}": basis.step}
-        for (boundary, direction), share in self.keeper.share.items():
-            numbers[f"basis/fit_{direction.name.lower()}/boundary_{boundary}"] = share
-        self.event("basis", f"version {new.version}, overlap with the last one >= {lowest:.3f}", numbers)
+        self.send_bases()
         for (boundary, direction), decision in self.keeper.decisions.items():
             if decision.why:
                 self.event("steering", f"boundary {boundary} {direction.name.lower()}: {decision.why}")
+
+    def adopt_bases(self, tick: int, fits: Mapping[Key, Fit]) -> None:
+        """Pairs that a replay of that tick has given (anchor.q_source = anchor_replay)."""
+        if self.keeper is not None and self.keeper.adopt(tick, fits) is not None:
+            self.send_bases()
+
+    def send_bases(self) -> None:
+        """The keeper has a new version: to all stages and samplers with it, and into the books."""
+        assert self.keeper is not None
+        for stage, box in self._stages.items():
+            self._post_bases(box, stage)
+        for box in self._samplers:
+            self._post_bases(box)
+        numbers = self.keeper.numbers()
+        lowest, version = min(self.keeper.overlap.values()), self.keeper.version
+        self.event("basis", f"version {version}, overlap with the last one >= {lowest:.3f}", numbers)
+
+    def _post_bases(self, box: Outbox, stage: int | None = None) -> None:
+        """The newest version, or a stage's part of it: as changes to whoever was sent the version before."""
+        if self.keeper is None:
+            return
+        bases, changes = self.keeper.current, self.keeper.changes
+        if changes is not None and changes.delta and changes.base == self._bases_sent.get(box):
+            bases = changes
+        self._post(box, FrameKind.BASIS, bases if stage is None else part_for_stage(bases, stage))
+
+    def _to_corrector(self, corrector: Corrector, stage: int, frame: Frame) -> None:
+        epoch = self.roster.epoch
+        if frame.header.kind is FrameKind.SLICE:
+            corrector.take_slice(stage, frame.header, epoch, from_bytes(Slice, frame.payload))
+            return
+
+        async def take() -> None:
+            held = await corrector.take_snapshot(stage, frame.header, epoch, from_bytes(Snapshot, frame.payload))
+            if stage in self._stages:
+                self._post(self._stages[stage], FrameKind.SNAPSHOT_HELD, held)
+
+        task = asyncio.create_task(take())  # the parts in the order they came; the last one is decoded on a thread
+        self._taking.add(task)
+        task.add_done_callback(self._taken)
+
+    def _taken(self, task: asyncio.Task[None]) -> None:
+        self._taking.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._fail(error)  # ours: a full disk, a bug
+
+    def replays_ended(self, task: asyncio.Task[None]) -> None:
+        """The task that replays has ended; before the end of the run only a bug or a full disk does that."""
+        self._taken(task)
+
+    def send_correction(self, stage: int, correction: Correction) -> None:
+        """A correction for a stage; one that is away gets the newest when it comes back."""
+        if stage in self._stages:
+            self._post(self._stages[stage], FrameKind.CORRECTION, correction)
+
+    def _post_newest(self, stage: int) -> None:
+        if self.corrector is not None and (correction := self.corrector.newest(stage)) is not None:
+            self.send_correction(stage, correction)
 
     def _take_saved(self, stage: int, saved: Saved) -> None:
         shards = self.roster.saved(stage, saved)

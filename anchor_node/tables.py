@@ -43,7 +43,9 @@ VITALS = (
 def escaped(value: object) -> str:
     """Escaped, with unbreakable spaces between a number and its unit."""
     return re.sub(
-        r"(?<=\d) (?=(?:%|[kMGT]?B|ms|min|h|s)(?:\W|$))|(?<=%) (?=±)|(?<=±) (?=\d)", "\u00a0", html.escape(str(value))
+        r"(?<=\d) (?=(?:%|[kMGT]?B|ms|min|h|s)(?:\W|$))|(?<=[%\d]) (?=±)|(?<=±) (?=\d)",
+        "\u00a0",
+        html.escape(str(value)),
     )
 
 
@@ -66,7 +68,7 @@ def percent(row: dict[str, Any], key: str = "eval/accuracy") -> str:
     return f"{100 * value:.1f} %" + (f" ± {100 * half:.1f}" if half is not None and key == "eval/accuracy" else "")
 
 
-def _table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], numbers_from: int, name: str) -> str:
+def html_table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], numbers_from: int, name: str) -> str:
     """A table whose columns from `numbers_from` on are right-aligned; each row is (css class, cells), escaped here."""
 
     def cell(tag: str, place: int, value: str) -> str:
@@ -81,7 +83,7 @@ def _table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], numbe
     return f'<div class="scroll"><table id="{name}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _folded(title: str, body: str, opened: bool) -> str:
+def folded(title: str, body: str, opened: bool) -> str:
     return f"<details{' open' if opened else ''}><summary>{escaped(title)}</summary>{body}</details>"
 
 
@@ -99,7 +101,7 @@ def eval_table(record: RunRecord) -> str:
     if not rows:
         return ""
     head = ("tick", "validation, 95 % interval", "through compressed links", "mean length, tokens", "prompts")
-    return _folded(counted(len(rows), "evaluation"), _table(head, rows, 0, "evaluations"), False)
+    return folded(counted(len(rows), "evaluation"), html_table(head, rows, 0, "evaluations"), False)
 
 
 def skip_table(record: RunRecord) -> str:
@@ -118,8 +120,8 @@ def skip_table(record: RunRecord) -> str:
         return ""
     left = len(skips) - len(rows)
     title = counted(len(rows), "skipped tick") + (f", the newest of {len(skips)}" if left else "")
-    table = _table(("tick", "reason", "what happened"), rows, 3, "skips")
-    return _folded(title, table, any(row.get("fault") for row in skips))
+    table = html_table(("tick", "reason", "what happened"), rows, 3, "skips")
+    return folded(title, table, any(row.get("fault") for row in skips))
 
 
 def basis_table(record: RunRecord) -> str:
@@ -150,17 +152,20 @@ def basis_table(record: RunRecord) -> str:
     rows = []
     for direction in DIRECTIONS:
         for name, _, _ in by_place(record.ticks, f"basis/share_{direction}/"):
-            rank, step, overlap = (of_versions(name, direction, what) for what in ("rank", "step", "overlap"))
-            lowest = f"{min(overlap):.3f}" if overlap else "–"
+            kinds = ("rank", "step", "overlap", "condition")
+            rank, step, overlap, condition = (of_versions(name, direction, what) for what in kinds)
+            lowest, highest = f"{min(overlap, default=0):.3f}", f"{max(condition, default=0):.3g}"
             rows.append((name, direction, ends(name, direction, "share"), ends(name, direction, "error"),
-                         changed(rank), changed(step), lowest))  # fmt: skip
+                         changed(rank), changed(step), lowest if overlap else "–",
+                         highest if condition else "–"))  # fmt: skip
     if not rows:
         return ""
-    head = ("boundary", "direction", "captured share", "relative error", "rank", "step", "lowest overlap")
+    head = ("boundary", "direction", "captured share", "relative error", "rank", "step", "lowest overlap",
+            "highest condition")  # fmt: skip
     told = [place for place in range(len(head)) if any(row[place] != "–" for row in rows)]
     cells = [("", [row[place] for place in told]) for row in rows]
     title = f"First → last tenth of the run, {counted(len(made) + 1, 'version')}"
-    return _folded(title, _table([head[place] for place in told], cells, 2, "bases"), len(rows) <= 12)
+    return folded(title, html_table([head[place] for place in told], cells, 2, "bases"), len(rows) <= 12)
 
 
 def probe_table(record: RunRecord) -> str:
@@ -179,7 +184,7 @@ def probe_table(record: RunRecord) -> str:
     title = counted(len(rows), "probe") + (f", the newest of {len(probes)}" if left else "")
     cosines = [f"cosine, {key.rsplit('/', 1)[-1].replace('_', ' ')}" for key in stages]
     head = ("tick", "KL, nats", "largest", "log-prob difference", *cosines)
-    return _folded(title, _table(head, rows, 1, "probes"), False)
+    return folded(title, html_table(head, rows, 1, "probes"), False)
 
 
 def byte_table(summary: LedgerSummary) -> str:
@@ -200,8 +205,8 @@ def byte_table(summary: LedgerSummary) -> str:
         rows.append(("sum", ("with upkeep", "", f"+ {upkeep}", *cells(summary.full))))
     rows.append(("sum", ("everything", "", "", *cells(summary.total))))
     sizes = ("dense", "packet", "message", *(("wire",) if measured else ()), "of dense", "frames")
-    table = _table(("link", "direction", "kind", *sizes), rows, 3, "ledger")
-    return _folded("Every link, direction and kind", table, True)
+    table = html_table(("link", "direction", "kind", *sizes), rows, 3, "ledger")
+    return folded("Every link, direction and kind", table, True)
 
 
 def vital_table(record: RunRecord) -> str:
@@ -225,7 +230,7 @@ def vital_table(record: RunRecord) -> str:
         "cancel in the sum, and their gradients do not. Look at these, in this order; each is the mean "
         f"over the first and the last {counted(part, 'tick')}.</p>"
     )
-    return note + _table(("", "start", "end", "a healthy run"), rows, 4, "vitals") if record.ticks else note
+    return note + html_table(("", "start", "end", "a healthy run"), rows, 4, "vitals") if record.ticks else note
 
 
 def knob_table(record: RunRecord) -> str:
@@ -239,7 +244,7 @@ def knob_table(record: RunRecord) -> str:
         for name, value in items:
             unit, meaning = known.get((section, name), ("", ""))
             rows.append(("", (f"{section}.{name}".rstrip("."), _knob_value(value), unit, meaning)))
-    table = _table(("knob", "value", "unit", "meaning"), rows, 4, "knobs")
+    table = html_table(("knob", "value", "unit", "meaning"), rows, 4, "knobs")
     return f"<section><h2>Knobs of the run</h2>{table}</section>"
 
 
@@ -274,5 +279,5 @@ def event_table(record: RunRecord) -> str:
         rows.append(("", (when, where, str(event.get("event") or "event"), str(event.get("message") or ""))))
     left = len(record.events) - len(rows)
     title = counted(len(rows), "event") + (f", the newest of {len(record.events)}" if left else "")
-    table = _table(("time", "tick", "event", "message"), rows, 4, "events")
-    return f"<section><h2>Events</h2>{_folded(title, table, len(rows) <= 12)}</section>"
+    table = html_table(("time", "tick", "event", "message"), rows, 4, "events")
+    return f"<section><h2>Events</h2>{folded(title, table, len(rows) <= 12)}</section>"

@@ -120,7 +120,7 @@ def unpack(packet: BytesLike, expected: Expected) -> tuple[Header, memoryview]:
     if header.crc32 != crc32:
         raise PacketError("crc32", f"{header.crc32:#010x}", f"{crc32:#010x}")
     _check_basis(header, expected)
-    return header, payload if header.packing == Packing.RAW else _expand(payload, header.raw_bytes)
+    return header, payload if header.packing == Packing.RAW else expand(payload, header.raw_bytes)
 
 
 def _check_claims(header: Header, expected: Expected) -> None:
@@ -174,7 +174,7 @@ def _check_basis(header: Header, expected: Expected) -> None:
         raise PacketError("basis_version", header.basis_version, f"{NO_BASIS}, as this kind uses no basis")
 
 
-def _expand(frame: memoryview, raw_bytes: int) -> memoryview:
+def expand(frame: memoryview, raw_bytes: int) -> memoryview:
     """Undo zstd. The frame must state the expected size itself: `max_output_size` alone is ignored for frames that
     state any size, and a few kilobytes of them can ask for gigabytes."""
     try:

@@ -324,7 +324,7 @@ class AnchorSection(Section):
     )
     calibration_prompts: int = knob(32, "training prompts that version 0 is calibrated on", unit="prompts", ge=1)
     m_cadence: int = knob(
-        20, "ticks between two corrections, where corrections.merger asks for any", unit="ticks", ge=1
+        40, "ticks between two corrections, where corrections.merger asks for any", unit="ticks", ge=1
     )
     latency: Literal["natural", "fixed", "uniform", "lognormal", "trace"] = knob(
         "natural",
@@ -345,10 +345,12 @@ class AnchorSection(Section):
         None, "latency = trace: a file with a K a line, used over and over", range="file"
     )
     slowdown: float = knob(1.0, "a replay takes this many times as long, to study a slow anchor", ge=1)
-    snapshot: Literal["bf16", "exact"] = knob(
-        "bf16", "weights that are shipped to the anchor: rounded to bf16, or as the stages hold them"
+    snapshot: Literal["auto", "bf16", "exact"] = knob(
+        "auto",
+        "weights that are shipped to the anchor: auto = what a stage computes with, bf16 or 24 bits a weight; bf16 = "
+        "all rounded to bf16; exact = as the stages hold them",
     )
-    ring_mb: int = knob(4096, "disk for pairs of weights and rollouts that await their replay", unit="MiB", ge=1)
+    ring_mb: int = knob(16384, "disk for pairs of weights and rollouts that await their replay", unit="MiB", ge=1)
 
 
 class CorrectionsSection(Section):

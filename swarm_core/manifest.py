@@ -15,6 +15,7 @@ from typing import Literal
 from codec.spec import LinkSpec
 from swarm_core.config import RunConfig, parse_manifest
 from swarm_core.errors import UserError
+from swarm_core.learning.latency import FireSchedule, Latency
 from swarm_core.learning.partition import Span, partition
 from swarm_core.models.architecture import ModelShape
 
@@ -75,6 +76,16 @@ class Manifest:
             outliers=links.outliers,
             reuse=links.reuse_deltas and links.quantiser_forward == "uniform",
         )
+
+    def fires(self, trace: tuple[int, ...] = ()) -> FireSchedule | None:
+        """When snapshots are taken and their corrections come; None without a merger. `trace`: of latency = trace."""
+        a, c = self.config.anchor, self.config.corrections
+        if c.merger == "none":
+            return None
+        low, high = a.latency_range
+        # Only the anchor reads the trace: K says when a correction is due, not when a snapshot is.
+        latency = Latency(a.latency, a.delay_k, low, high, a.latency_sigma, trace or (1,), self.config.run.seed)
+        return FireSchedule(a.m_cadence, latency)
 
     def to_json(self) -> str:
         """Canonical JSON: equal manifests are equal bytes."""

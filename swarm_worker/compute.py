@@ -9,7 +9,6 @@ B sequences, T padded length.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,14 @@ from swarm_core.learning import optimizer as optim
 from swarm_core.learning.batch import Batch
 from swarm_core.learning.crossing import Crossing
 from swarm_core.learning.dgg import Gate, Verdict
-from swarm_core.learning.grpo import Denominators, LossSpec, grpo_loss, merge_metrics
-from swarm_core.learning.logprobs import token_logprobs
-from swarm_core.learning.microbatch import completion_rows, pack_rows, unpack_rows
+from swarm_core.learning.grpo import merge_metrics
+from swarm_core.learning.microbatch import pack_rows, unpack_rows
+from swarm_core.learning.objective import make_objective
 from swarm_core.learning.stage import Stage
 from swarm_core.manifest import Manifest
 from swarm_core.models.reading import open_stage
 from swarm_core.wire.messages import Decide, Mode, Outcome
+from swarm_worker.correcting import Capture, Correcting, snapshot_bits
 from swarm_worker.fidelity import Probe
 from swarm_worker.lead import NONFINITE
 from swarm_worker.link_ends import Bases, LinkEnd, Packet
@@ -85,9 +85,9 @@ class StageCompute:
         self.manifest = manifest
         self.span = manifest.spans[stage]
         self.device = device
-        self.dtype = torch.float64 if config.run.precision == "fp64" else torch.float32
-        bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device.type == "cuda")
-        self.compute_dtype = torch.bfloat16 if bf16 else self.dtype  # of matmuls; the masters stay in self.dtype
+        self.objective = make_objective(config, device)
+        self.loss_spec = self.objective.spec
+        self.dtype, self.compute_dtype = self.objective.dtype, self.objective.compute_dtype
         self.stage: Stage = open_stage(model_path, self.span, self.dtype).to(device)
         self.names = [name for name, _ in self.stage.hf_named_parameters()]
         self.parameters = [parameter for _, parameter in self.stage.hf_named_parameters()]
@@ -96,30 +96,24 @@ class StageCompute:
             self.reference = open_stage(model_path, self.span, self.dtype).to(device)
         self.optimizer_spec = optimizer_spec(config)
         self.optimizer = optim.build_optimizer(self.parameters, self.optimizer_spec)
-        g = config.grpo
-        self.loss_spec = LossSpec(
-            loss=g.loss,
-            clip_low=g.clip_low,
-            clip_high=g.clip_high,
-            dual_clip=g.dual_clip,
-            beta=g.kl_beta,
-            level=g.ratio_level,
-            tis_cap=g.sampler_correction_cap,
-            max_completion_length=g.max_completion_length,
-            scale_rewards=g.scale_rewards,
-            mask_truncated=g.mask_truncated,
-        )
         self.gate = Gate(config.dgg.window, config.dgg.tau, config.dgg.enabled)
         self.share_prompts = config.links.shares_prompts
         self.batches: dict[int, Batch] = {}
         self.bases: Bases = {}
         links = config.links
-        self.sketcher = Sketcher(links.fit, links.outliers) if config.anchor.q_cadence else None
+        sketches = config.anchor.q_cadence > 0 and config.anchor.q_source == "stage_sketch"
+        self.sketcher = Sketcher(links.fit, links.outliers) if sketches else None
         ends = [None if b in (-1, manifest.boundaries) else b for b in (stage - 1, stage)]
         self.above, self.below = (  # the links to the stage before and to the next
             None if b is None else LinkEnd(manifest, b, self.bases, self.sketcher) for b in ends
         )
         self.published: dict[int, dict[str, Tensor]] = {}
+        merges = config.corrections.merger != "none"
+        self.correcting: Correcting | None = None
+        if merges:
+            bits = snapshot_bits(config, self.names, self.parameters, self.compute_dtype)
+            self.correcting = Correcting(manifest, stage, self.parameters, bits)
+        self._capture: Capture | None = None
         self._live: dict[int, _Live] = {}
         self._metrics: list[dict[str, Any]] = []
         self._verdict: Verdict | None = None
@@ -155,20 +149,9 @@ class StageCompute:
     def loss(self, stamp: Stamp, microbatch: int, packet: bytes | memoryview | None) -> Packet | None:
         """Last stage: forward, loss and backward of one microbatch; the gradient for the stage before, if any."""
         batch, slice_, index = self._place(stamp, microbatch)
-        mb = batch.microbatch(slice_, index).to(self.device)
         entered_UH, h_BTH = self._enter(stamp, microbatch, packet, grad=True)
-        h_MH = completion_rows(h_BTH, mb.layout).to(self.compute_dtype)
-        logp_M, entropy_M = self._logprobs(self.stage, h_MH, mb.targets_M)
-        reference_M = batch.reference(slice_, index)
-        denominators = Denominators(batch.slice_tokens[slice_], batch.slice_sequences[slice_])
-        loss, metrics = grpo_loss(
-            logp_M,
-            mb,
-            self.loss_spec,
-            denominators,
-            None if reference_M is None else reference_M.to(self.device),
-            entropy_M,
-        )
+        h_MH = self.objective.hidden(h_BTH, batch.layout(slice_, index))
+        loss, metrics = self.objective.loss(self.stage, h_MH, batch, slice_, index)
         loss.backward()
         if stamp.mode is Mode.PROBE:
             self._probe.keep_hidden(microbatch, h_MH)
@@ -214,15 +197,12 @@ class StageCompute:
             left_UH = crossing.leaving(pack_rows(h_BTH, layout))
             return self._send(self.below, left_UH, Direction.FORWARD, stamp, crossing, microbatch)
         targets_M = batch.microbatch(slice_, index).targets_M.to(self.device)
-        logp_M, _ = self._logprobs(stage, completion_rows(h_BTH, layout).to(self.compute_dtype), targets_M)
+        logp_M, _ = self.objective.logprobs(stage, self.objective.hidden(h_BTH, layout), targets_M)
         (batch.keep_old if stamp.mode is Mode.SCORE else batch.keep_reference)(slice_, index, logp_M)
         return None
 
     def tally(self, stamp: Stamp) -> Tally:
-        """Check the tick's gradient and take its norms; on the last stage, ask the gate.
-
-        A correction of the anchor would be merged here, before the norms (stamp.correction is 0: none).
-        """
+        """Check the tick's gradient; on the last stage, ask the gate; merge the stamped correction; take the norms."""
         optim.fill_missing_gradients(self.parameters)
         norms = optim.gradient_norms(self.parameters)
         numbers = merge_metrics(self._metrics)
@@ -241,11 +221,16 @@ class StageCompute:
             numbers["dgg/full"] = float(self._verdict.full)
             if self._verdict.z is not None:
                 numbers["dgg/z"] = self._verdict.z
+        if self.correcting is not None and stamp.correction:
+            numbers |= self.correcting.merge(stamp)
+            norms = optim.gradient_norms(self.parameters)
         return Tally(norms, self._fault, gated, numbers)
 
     def apply(self, stamp: Stamp, decide: Decide) -> list[SketchOut]:
         """Step, or leave everything as it was; then what ends with the tick. Returns sketches that are due."""
         if decide.outcome == Outcome.COMMIT:
+            if self.correcting is not None:
+                self._capture = self.correcting.capture(stamp, self.batches[stamp.batch])
             rate = optim.learning_rate(self.optimizer_spec, stamp.step)
             optim.apply(self.optimizer, decide.coefficient, rate)
         self.optimizer.zero_grad(set_to_none=True)
@@ -255,6 +240,8 @@ class StageCompute:
         if decide.outcome != Outcome.HOLD:
             self._fault = ""  # one of a score pass is the next tick's
         self._live.clear()
+        if self.correcting is not None and decide.outcome != Outcome.HOLD:
+            self.correcting.settle(stamp, committed=decide.outcome == Outcome.COMMIT)
         for end in self._ends:
             if decide.outcome != Outcome.HOLD:
                 end.settle(keep=decide.outcome == Outcome.COMMIT)
@@ -268,6 +255,11 @@ class StageCompute:
         if self.sketcher is None or decide.outcome == Outcome.HOLD or (stamp.tick + 1) % cadence:
             return []
         return self.sketcher.take()
+
+    def take_capture(self) -> Capture | None:
+        """The weights and the slice that the last tick leaves for the anchor, once."""
+        capture, self._capture = self._capture, None
+        return capture
 
     # Weights and state -------------------------------------------------------------------------------------------------
 
@@ -301,7 +293,11 @@ class StageCompute:
         if self.sketcher is not None:
             held, windows = self.sketcher.state()
             tensors |= {f"window.{name}": tensor for name, tensor in held.items()}
-        held_back = {"steps": steps, "gate": self.gate.state_dict(), "fault": self._fault}
+        corrections: dict[str, Any] = {}
+        if self.correcting is not None:
+            held, corrections = self.correcting.state()
+            tensors |= {f"correction.{name}": tensor for name, tensor in held.items()}
+        held_back = {"steps": steps, "corrections": corrections, "gate": self.gate.state_dict(), "fault": self._fault}
         lists = {"bases": bases, "batches": batches, "windows": windows}
         return Shard(tensors, {**meta, **held_back, **lists})
 
@@ -324,13 +320,10 @@ class StageCompute:
             end.load_references(select(shard.tensors, f"references.{end.boundary}"))
         if self.sketcher is not None:
             self.sketcher.load(select(shard.tensors, "window"), shard.meta["windows"], self.device)
+        if self.correcting is not None:
+            self.correcting.load(select(shard.tensors, "correction"), shard.meta["corrections"])
 
     # Inside ------------------------------------------------------------------------------------------------------------
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.compute_dtype is self.dtype:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.compute_dtype)
 
     def _place(self, stamp: Stamp, microbatch: int) -> tuple[Batch, int, int]:
         """(batch, slice, microbatch of the slice) of a round's microbatch. A probe has a small batch of its own."""
@@ -363,14 +356,8 @@ class StageCompute:
             rows_UH = self.above.decode(packet, Direction.FORWARD, stamp, crossing, microbatch)
             entered_UH = rows_UH.to(self.device, self.dtype).requires_grad_(grad)
             x = unpack_rows(crossing.arrived(entered_UH), batch.layout(slice_, index))
-        with self._autocast():
+        with self.objective.autocast():
             return entered_UH, (stage or self.stage)(x)
-
-    def _logprobs(self, stage: Stage, h_MH: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
-        # The casts stand outside autocast: the chunked backward recomputes logits and must see the same dtypes.
-        weight_VH = stage.lm_head_weight.to(self.compute_dtype)
-        config = self.manifest.config
-        return token_logprobs(h_MH, weight_VH, targets_M, config.grpo.temperature, config.swarm.logprob_chunk)
 
     def _return(self, stamp: Stamp, entered_UH: Tensor | None, crossing: Crossing, microbatch: int) -> Packet | None:
         """After a backward: the gradient of what came over the link, for the stage before."""

@@ -18,6 +18,7 @@ from codec.errors import CodecError, ReferenceMismatch
 from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.messages import Decide, FrameKind, Saved
 from swarm_worker.compute import SketchOut, StageCompute
+from swarm_worker.correcting import Capture
 from swarm_worker.headers import Position, RoundKey
 from swarm_worker.schedule import Compute, Lost, Op, Stamp
 from swarm_worker.shard import ShardWriter
@@ -32,6 +33,7 @@ class Applied:
     position: Position
     sketches: list[SketchOut]
     saved: Saved | None
+    capture: Capture | None = None
 
 
 class ComputeThread:
@@ -118,4 +120,4 @@ class ComputeThread:
         if decide.checkpoint:
             meta = {"tick": position.tick, "lineage": position.lineage, "stage_zero": stage_zero}
             saved = self._shards.write(position.tick, lambda: self.compute.to_shard(meta))
-        return Applied(position, sketches, saved)
+        return Applied(position, sketches, saved, self.compute.take_capture())

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from swarm_core.wire.errors import BadFrame
@@ -32,6 +33,8 @@ class LeadPlan:
     checkpoint_every: int
     reference: bool  # a KL penalty needs log-probs of the initial weights
     probe_every: int = 0  # ticks between probes of the links; 0: never
+    pin_basis: bool = True  # False: a round takes the newest basis at once, also in the middle of a batch
+    k_max: int = 0  # ticks after its snapshot that a correction may still be merged
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class LeadState:
     dropped: int = 0
     current: Stock | None = None
     basis_version: int = 0
+    corrections: list[int] = field(default_factory=list)  # versions that every stage has voted to hold
     scored: bool = False
     referenced: bool = False
     plan: list[tuple[int, int]] = field(default_factory=list)  # (pass, slice) still to come, in order
@@ -134,10 +138,13 @@ class Lead:
     def next_batch(self, basis_held: int) -> Stock | None:
         """Start on the batch in stock, pinning the newest basis that every stage has reported holding.
 
+        Called before every round: without pinning (`pin_basis`) the next one takes that basis, whatever is under way.
         A batch whose weights are older than the staleness limit at this first use is dropped, counted in `dropped`,
         and will be ordered again with newer ones: a sampler may answer with older weights than it was asked for.
         """
         s = self.state
+        if not self.plan.pin_basis:
+            s.basis_version = max(s.basis_version, basis_held)
         if s.current is not None or self._in_stock is None or self._stopping():
             return None
         stock, self._in_stock = self._in_stock, None
@@ -154,8 +161,11 @@ class Lead:
         s.plan = [(p, i) for p in range(1, passes + 1) for i in slices if p == 1 or stock.microbatches[i]]
         return stock
 
-    def next_round(self) -> Stamp | None:
-        """The stamp of the next round of the current batch, or None when there is no batch."""
+    def next_round(self, corrections: Mapping[int, tuple[int, int]] | None = None) -> Stamp | None:
+        """The stamp of the next round of the current batch, or None when there is no batch.
+
+        `corrections` are those that stage 0 holds: (snapshot tick, first tick to merge it in) by version.
+        """
         s = self.state
         if s.current is None or self._stopping():
             return None
@@ -172,7 +182,19 @@ class Lead:
         if self._probed < s.tick and self.plan.probe_every and s.tick % self.plan.probe_every == 0 and microbatches:
             self._probed = s.tick
             return self._stamp(Mode.PROBE, pass_, index, CROSSINGS)
-        return self._stamp(Mode.TRAIN, pass_, index, microbatches)
+        stamp = self._stamp(Mode.TRAIN, pass_, index, microbatches)
+        return replace(stamp, correction=self._newest(corrections or {})) if microbatches else stamp
+
+    def _newest(self, corrections: Mapping[int, tuple[int, int]]) -> int:
+        """The newest version whose time has come and not passed; 0: none.
+
+        It never goes back to an older one: what was merged once stays held until something newer is merged, or it is
+        too old for good.
+        """
+        t = self.state.tick
+        held = {v: corrections[v] for v in self.state.corrections if v in corrections}
+        due = [v for v, (tick, first) in held.items() if first <= t and tick < t <= tick + self.plan.k_max]
+        return max(due, default=0)
 
     def _stamp(self, mode: Mode, pass_: int, index: int, microbatches: int) -> Stamp:
         s = self.state

@@ -8,8 +8,6 @@ Suffixes: U rows of a microbatch that cross (learning/crossing.py), H hidden wid
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +20,7 @@ from codec.link_codec import LinkCodec
 from codec.reuse import ReuseRows, ReuseStore
 from codec.spec import Direction, LinkSpec, dense_bytes
 from swarm_core.learning.crossing import Crossing
+from swarm_core.learning.objective import packet_seed
 from swarm_core.manifest import Manifest
 from swarm_core.wire.messages import Mode
 from swarm_worker.fidelity import exact
@@ -70,7 +69,7 @@ class LinkEnd:
         """The packet of these rows. Raises NonFiniteError."""
         codec, basis = self._codec(stamp, direction, microbatch)
         rows = self._references(stamp, direction, crossing)
-        seed = _seed(self._seed, stamp.tick, stamp.attempt, microbatch, self.boundary)
+        seed = packet_seed(self._seed, stamp.tick, stamp.attempt, microbatch, self.boundary)
         payload = codec.encode(x_UH, direction, basis, rows=rows, seed=seed)
         if basis is not None and stamp.mode in (Mode.TRAIN, Mode.SCORE):
             self._watch_sent(direction, basis, x_UH, len(payload))
@@ -180,12 +179,6 @@ class LinkEnd:
                 means[name] = sum(value * rows for value, rows in finite) / sum(rows for _, rows in finite)
         self._measures = {}
         return means
-
-
-def _seed(*place: int) -> int:
-    """Of the one packet of a run: the same in every process and on every machine, which hash() does not promise."""
-    digest = hashlib.blake2b(struct.pack(f"<{len(place)}Q", *place), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def _every(x_UH: Tensor, most: int) -> Tensor:

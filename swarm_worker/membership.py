@@ -13,29 +13,35 @@ from codec.basis import Basis
 from codec.spec import Direction
 from swarm_core.errors import KedgeError
 from swarm_core.manifest import Manifest, read_manifest
-from swarm_core.wire.bases import basis_of, key_of
+from swarm_core.wire.bases import as_whole, basis_of, key_of
 from swarm_core.wire.errors import BadAddress, BadFrame, ManifestMismatch, PeerLost, WireError
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import BasisSet, FrameKind, Hello, Report, Start, Stop, Welcome, from_bytes, to_bytes
 from swarm_core.wire.streams import Dialled, dial
 
-ANCHOR_LIMITS = {FrameKind.BASIS: 1 << 30, FrameKind.WELCOME: 4 << 20}
+ANCHOR_LIMITS = {FrameKind.BASIS: 1 << 30, FrameKind.CORRECTION: 1 << 30, FrameKind.WELCOME: 4 << 20}
 LAST_WORDS_S = 0.5  # between the reason of a failure and the end of the stream that carries it
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Membership:
     """An open stream to the anchor and what it said."""
 
     anchor: Dialled
     manifest: Manifest
     digest: str
+    last_bases: BasisSet | None = None  # as it came, whole: the next one may be changes of it
 
     @property
     def run(self) -> int:
         return run_id(self.digest)
+
+    def take_bases(self, frame: Frame) -> BasisSet:
+        """The bases of a BASIS frame, whole. To be given every such frame of the stream, in order. Raises BadFrame."""
+        self.last_bases = as_whole(from_bytes(BasisSet, frame.payload), self.last_bases, self.manifest.link())
+        return self.last_bases
 
 
 async def join(address: str, method: str, hello: Hello, ledger: Ledger, wait_s: float, link: str) -> Membership:
@@ -67,7 +73,7 @@ async def await_start(membership: Membership, take_bases: Callable[[BasisSet], N
     while (frame := await membership.anchor.receive()) is not None:
         match frame.header.kind:
             case FrameKind.BASIS:
-                take_bases(from_bytes(BasisSet, frame.payload))
+                take_bases(membership.take_bases(frame))
             case FrameKind.START:
                 start = from_bytes(Start, frame.payload)
                 if len(start.stage_addresses) != membership.manifest.stages:
@@ -95,7 +101,7 @@ async def tell_failure(membership: Membership, who: str, error: Exception) -> No
 
 
 def read_bases(message: BasisSet, manifest: Manifest, stage: int | None = None) -> dict[tuple[int, Direction], Basis]:
-    """The bases in a BASIS frame, checked against the manifest before they are used. Raises BadFrame.
+    """The bases of a whole set, checked against the manifest before they are used. Raises BadFrame.
 
     All boundaries next to `stage` must be there; None: all of them.
     """

@@ -16,11 +16,13 @@ from swarm_core.learning import optimizer as optim
 from swarm_core.learning.batch import Batch, make_batch
 from swarm_core.learning.errors import RolloutError
 from swarm_core.learning.grpo import LossSpec
+from swarm_core.learning.merge import measures
 from swarm_core.learning.rollout import RolloutBatch, reward_metrics, slices, to_samples
 from swarm_core.manifest import Manifest
 from swarm_core.run_folder import checkpoint_name
 from swarm_core.wire.messages import Decide, Order, Outcome, Report, StageVote
 from swarm_worker.compute import optimizer_spec
+from swarm_worker.correcting import SUMS, summed
 from swarm_worker.fidelity import POISONED, PREFIX
 from swarm_worker.journal import Journal
 from swarm_worker.lead import Lead, LeadPlan, LeadState, Stock
@@ -41,6 +43,7 @@ def lead_plan(manifest: Manifest) -> LeadPlan:
         eval_every=config.sampler.eval_every if config.data.validation else 0,
         checkpoint_every=config.checkpoint.every,
         reference=config.grpo.kl_beta > 0,
+        k_max=config.corrections.k_max,
         probe_every=config.links.fidelity_every if manifest.boundaries else 0,
     )
 
@@ -140,6 +143,7 @@ class StageZero:
         total = optim.total_norm(norms, self._dtype) if all(vote.ready for vote in votes) else math.inf
         coefficient = optim.clip_coefficient(norms, self.manifest.config.optimizer.max_grad_norm, self._dtype)
         age = self.lead.age
+        self.lead.state.corrections = sorted(set.intersection(*(set(vote.corrections_held) for vote in votes)))
         decide = self.lead.decide(stamp, [*norms, total], coefficient, gated)
         fault = _fault(stamp, votes)
         if fault:
@@ -165,7 +169,9 @@ class StageZero:
         }
         numbers |= self._stats.get(stamp.batch, {})
         for vote in votes:
-            numbers |= vote.numbers
+            numbers |= {name: value for name, value in vote.numbers.items() if not name.startswith(SUMS)}
+        if (merged := summed([vote.numbers for vote in votes])) is not None:
+            numbers |= measures(merged)
         if POISONED in numbers:  # zeros travelled on from there, so what other stages compared means nothing
             numbers = {n: value for n, value in numbers.items() if n == POISONED or not n.startswith(PREFIX)}
         words = {"outcome": Outcome(decide.outcome).name.lower(), "skip_reason": decide.reason}

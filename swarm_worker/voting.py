@@ -25,7 +25,7 @@ class Ballot:
         """The vote of all stages behind this one."""
         self._downstream = downstream
 
-    def cast(self, basis_held: int, busy_s: float) -> Vote:
+    def cast(self, basis_held: int, busy_s: float, corrections_held: list[int]) -> Vote:
         """The vote of this stage and of all behind it. Of the time since the last vote, `busy_s` went into computing."""
         tally, downstream = self._tally, self._downstream or Vote()
         assert tally is not None, "the schedule votes after the tally"
@@ -34,5 +34,6 @@ class Ballot:
         wall_s, self._cast_at = now - self._cast_at, now
         times = {f"busy_s/stage_{self._stage}": busy_s, f"wait_s/stage_{self._stage}": max(0.0, wall_s - busy_s)}
         ready = not tally.fault
-        own = StageVote(self._stage, ready, basis_held, tally.norms, tally.numbers | times, tally.fault)
+        numbers = tally.numbers | times
+        own = StageVote(self._stage, ready, basis_held, tally.norms, numbers, tally.fault, corrections_held)
         return Vote([own, *downstream.votes], tally.gated or downstream.gated)

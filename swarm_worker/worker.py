@@ -25,12 +25,16 @@ from swarm_core.wire.messages import (
     BasisSet,
     BatchData,
     Begin,
+    Correction,
     Decide,
     FrameKind,
     Outcome,
     Report,
     Rollouts,
     Sketch,
+    Slice,
+    Snapshot,
+    SnapshotHeld,
     Stop,
     Vote,
     from_bytes,
@@ -42,6 +46,7 @@ from swarm_core.wire.streams import FrameStream
 from swarm_worker.admission import Admission
 from swarm_worker.compute import Packet
 from swarm_worker.compute_thread import Applied, ComputeThread
+from swarm_worker.correcting import CorrectionRefused
 from swarm_worker.headers import Position, header_of, key
 from swarm_worker.membership import Membership, read_bases
 from swarm_worker.schedule import (
@@ -64,6 +69,7 @@ from swarm_worker.schedule import (
     VoteCame,
 )
 from swarm_worker.service import StageService
+from swarm_worker.snapshots import SnapshotShipper
 from swarm_worker.stage_zero import StageZero
 from swarm_worker.voting import Ballot
 
@@ -103,6 +109,8 @@ class StageWorker:
         self._ballot = Ballot(self.span.stage)
         self._round_active = False
         self._finished = False  # the last decision has been applied
+        self.correcting = compute.correcting
+        self.shipper = SnapshotShipper(self._post_snapshot, self.manifest.vocab) if compute.correcting else None
         # The newest version that every stage has voted to hold; before the first vote our own, as START follows BASIS.
         self._basis_held = compute.newest_basis
         self._tasks: set[asyncio.Task[None]] = set()
@@ -135,6 +143,8 @@ class StageWorker:
         """Work until STOP; returns its reason. Raises what broke."""
         self.spawn(self.anchor.run())
         self.spawn(self.watch())
+        if self.shipper is not None:
+            self.spawn(self.shipper.run())
         if self.below is not None:
             self.below.stream.bound(partial(self.admission.largest, Direction.BACKWARD))
             self.spawn(self.below.run())
@@ -244,6 +254,10 @@ class StageWorker:
                     # On a thread of its own: to check a wide basis takes up to a second, and frames must not wait.
                     bases = await asyncio.to_thread(read_bases, message, self.manifest, self.span.stage)
                     self.work.deliver(partial(self.work.compute.add_bases, message.version, bases))
+                case FrameKind.SNAPSHOT_HELD if self.shipper is not None:
+                    self.shipper.held(from_bytes(SnapshotHeld, frame.payload))
+                case FrameKind.CORRECTION:
+                    await self._take_correction(frame)
                 case FrameKind.STOP:
                     stop = from_bytes(Stop, frame.payload)
                     self._stop(stop)
@@ -253,6 +267,24 @@ class StageWorker:
                     raise BadFrame(f"the anchor sent {kind.name}")
         if not self.over.done():
             self.fail(PeerLost(f"the anchor closed its stream at tick {self.position.tick}"))
+
+    async def _take_correction(self, frame: Frame) -> None:
+        """Hold what the anchor sends, if it is sound; otherwise say why not, and go on as before."""
+        try:
+            message = from_bytes(Correction, frame.payload)
+            if self.correcting is None:
+                raise CorrectionRefused("a correction came, but this run has no merger")
+            if frame.header.epoch != self.position.epoch:
+                raise CorrectionRefused(
+                    f"correction {message.version} is of epoch {frame.header.epoch}, this run is in {self.position.epoch}"
+                )
+            await asyncio.to_thread(self.correcting.check, message)
+        except (CorrectionRefused, BadFrame) as error:
+            log.warning("stage %d: %s", self.span.stage, error)
+            words = {"event": "correction_refused", "message": f"stage {self.span.stage}: {error}"}
+            self._report(Report(type="event", tick=self.position.tick, words=words))
+        else:
+            self.work.deliver(partial(self.correcting.hold, message))
 
     def _stop(self, stop: Stop) -> None:
         if stop.now:
@@ -324,6 +356,8 @@ class StageWorker:
             numbers = (sketch.part, sketch.trace, sketch.rows_seen, sketch.packet_bytes)
             message = Sketch(sketch.version, stamp.tick, matrix, *numbers)
             self.anchor.post(Frame(Header(FrameKind.SKETCH, self.run_id, tick=stamp.tick), to_bytes(message)))
+        if done.capture is not None and self.shipper is not None:
+            self.shipper.offer(done.capture)
         order = None
         if decide.stop and self.zero is not None:
             report, order = self.zero.ending()
@@ -338,7 +372,8 @@ class StageWorker:
 
     def _cast_vote(self, stamp: Stamp) -> None:
         busy_s, self.work.busy_s = self.work.busy_s, 0.0
-        vote = self._ballot.cast(self.work.compute.newest_basis, busy_s)
+        held = sorted(self.correcting.held) if self.correcting is not None else []
+        vote = self._ballot.cast(self.work.compute.newest_basis, busy_s, held)
         if self.zero is None:
             assert self.above is not None
             header = header_of(FrameKind.VOTE, self.run_id, stamp, self.span.stage - 1)
@@ -378,7 +413,7 @@ class StageWorker:
             self._post_below(Frame(header, to_bytes(batch_data(batch, self.manifest.vocab))))
         if batch is not None or dropped is not None:
             self._order()  # with overlap, the next batch is generated while this one trains
-        stamp = lead.next_round()
+        stamp = lead.next_round(self.correcting.held if self.correcting is not None else {})
         if stamp is not None:
             self._round_active = True
             begin = Begin(stamp.microbatches, stamp.basis_version, stamp.correction, stamp.step)
@@ -416,6 +451,9 @@ class StageWorker:
         if self.below is not None:
             header = replace(frame.header, receiver=address_of(self.span.stage + 1))
             self.below.post(Frame(header, frame.payload))
+
+    def _post_snapshot(self, kind: FrameKind, message: Snapshot | Slice, tick: int) -> None:
+        self.anchor.post(Frame(Header(kind, self.run_id, self.position.epoch, tick), to_bytes(message)))
 
     def _report(self, report: Report) -> None:
         self.anchor.post(Frame(Header(FrameKind.REPORT, self.run_id, tick=report.tick), to_bytes(report)))

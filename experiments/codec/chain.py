@@ -56,6 +56,11 @@ class Chain:
         """The newest version that all stages hold."""
         return min(stage.newest_basis for stage in self.stages)
 
+    def corrections_held(self, stage: int) -> dict[int, tuple[int, int]]:
+        """(snapshot tick, first tick to merge it in) of the anchor's corrections that a stage holds, by version."""
+        correcting = self.stages[stage].correcting
+        return {} if correcting is None else correcting.held
+
     def weights(self) -> dict[str, Tensor]:
         """All parameters by their checkpoint names: the stages' own, not copies."""
         parts = [zip(stage.names, stage.parameters, strict=True) for stage in self.stages]

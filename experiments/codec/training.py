@@ -79,7 +79,7 @@ class Training:
         self.ticks: list[Report] = []
         if self.manifest.boundaries and self.manifest.link().basis_direction(Direction.FORWARD) is not None:
             self.keeper = keeper_of(self.manifest, self.model_path, load_rows(config.data.train), None)
-            self._broadcast(self.keeper.current)
+            self.broadcast(self.keeper.current)
 
     def run(self) -> None:
         """To the last tick, or to the end of the recording."""
@@ -96,7 +96,7 @@ class Training:
         if batch is not None:
             self.chain.add_batch(batch)
             self._order()  # with overlap, the next batch comes from the weights that this one starts on
-        stamp = lead.next_round()
+        stamp = lead.next_round(self.chain.corrections_held(0))
         if stamp is None:
             return
         match stamp.mode:
@@ -130,7 +130,15 @@ class Training:
         tokens = sum(stages[0].batches[stamp.batch].layout(stamp.slice, i).tokens for i in range(stamp.microbatches))
         tallies = self.chain.train(stamp)
         votes = [
-            StageVote(number, not tally.fault, stages[number].newest_basis, tally.norms, tally.numbers, tally.fault)
+            StageVote(
+                number,
+                not tally.fault,
+                stages[number].newest_basis,
+                tally.norms,
+                tally.numbers,
+                tally.fault,
+                sorted(self.chain.corrections_held(number)),
+            )
             for number, tally in enumerate(tallies)
         ]
         decide, row = self.zero.decide(stamp, votes, any(tally.gated for tally in tallies), tokens)
@@ -138,6 +146,10 @@ class Training:
         sketches = [sketch for stage in stages for sketch in self._applied(stage.span.stage, stamp, decide)]
         for sketch in sketches:
             self._take_sketch(stamp, sketch)
+        self.ticked(stamp)
+
+    def ticked(self, stamp: Stamp) -> None:
+        """A tick is over on all stages: the place of what a study adds."""
 
     def _applied(self, number: int, stamp: Stamp, decide: Decide) -> list[SketchOut]:
         stage = self.chain.stages[number]
@@ -157,9 +169,13 @@ class Training:
         self.chain.count(FrameKind.SKETCH, stamp.tick, f"anchor-stage{sender}", "up", len(payload))
         new = self.keeper.add(from_bytes(Sketch, payload))
         if new is not None:
-            self._broadcast(new)
+            self.refreshed(stamp, new)
 
-    def _broadcast(self, bases: BasisSet) -> None:
+    def refreshed(self, stamp: Stamp, bases: BasisSet) -> None:
+        """The sketches of a tick have become a new version."""
+        self.broadcast(bases)
+
+    def broadcast(self, bases: BasisSet) -> None:
         """To every stage, and whole to the sampler, which evaluates the compressed pipeline."""
         self.bases = bases
         self.chain.add_bases(bases)

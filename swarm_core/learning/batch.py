@@ -172,6 +172,34 @@ class Batch:
             reference_logprobs_M=None if reference_M is None else taken(reference_M, self._ends_M),
         )
 
+    def only(self, slice_: int) -> Batch:
+        """A batch of its own out of one slice: the same microbatches, denominators and log-probs, as slice 0.
+
+        The columns are views. The keys of its crossings are other ones, so nothing of the whole batch is a reference.
+        """
+        first, end = self.slices[slice_], self.slices[slice_ + 1]
+        rows_M, rows_N = slice(self._ends_M[first], self._ends_M[end]), slice(self._ends_N[first], self._ends_N[end])
+
+        def taken(column: Tensor | None, rows: slice = rows_M) -> Tensor | None:
+            return None if column is None else column[rows]
+
+        return replace(
+            self,
+            prompts=self.prompts[first:end],
+            prompt_lengths=self.prompt_lengths[first:end],
+            completion_lengths=self.completion_lengths[first:end],
+            slices=[0, end - first],
+            targets_M=self.targets_M[rows_M],
+            advantages=self.advantages[first:end],
+            sampler_logprobs_M=self.sampler_logprobs_M[rows_M],
+            active_M=self.active_M[rows_M],
+            slice_tokens=[self.slice_tokens[slice_]],
+            slice_sequences=[self.slice_sequences[slice_]],
+            ids_N=taken(self.ids_N, rows_N),
+            old_logprobs_M=taken(self.old_logprobs_M),
+            reference_logprobs_M=taken(self.reference_logprobs_M),
+        )
+
     def keep_old(self, slice_: int, microbatch: int, logprobs_M: Tensor) -> None:
         """Store the score pass' log-probs of one microbatch."""
         if self.old_logprobs_M is None:

@@ -1,17 +1,26 @@
-"""Bases and sketches as their frames carry them: tensors to BasisMatrix and back, checked; no stream and no fit."""
+"""Bases and sketches as their frames carry them: tensors to BasisMatrix and back, checked; no stream and no fit.
+
+A basis set goes whole, or, to a member that holds the version before, as `as_changes` packs it: every encoder and
+decoder a packet of codec/weight_delta.py, against the same matrix of that version where it has the same shape.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from codec import weight_delta
 from codec.basis import Basis
 from codec.errors import CodecError
 from codec.spec import Direction, LinkSpec
 from swarm_core.wire.errors import BadFrame
-from swarm_core.wire.messages import BasisMatrix
+from swarm_core.wire.messages import BasisMatrix, BasisSet
 
 Key = tuple[int, Direction]
+Shape = tuple[int, int]
 
 
 def key_of(matrix: BasisMatrix, boundaries: int) -> Key:
@@ -37,17 +46,92 @@ def sketch_of(matrix: BasisMatrix, height: int, columns: int) -> Tensor:
 
 def basis_of(matrix: BasisMatrix, version: int, spec: LinkSpec) -> Basis:
     """The basis that everybody makes of this matrix. Raises BadFrame for one that does not fit the link or is none."""
-    most = spec.rank_forward if matrix.direction == Direction.FORWARD else spec.rank_backward
-    name = f"basis version {version} of boundary {matrix.boundary}"
+    name = _fitting(matrix, version, spec)
     rows, columns = matrix.rows, matrix.columns
-    if rows != spec.width or not 1 <= columns <= most:
-        raise BadFrame(f"{name} is {rows} x {columns}; the manifest wants {spec.width} x 1..{most}")
     encoder_HR = _tensor(matrix.values, rows, columns, name)
     decoder_RH = _tensor(matrix.decoder, columns, rows, name) if matrix.decoder else None
     try:
         return Basis.from_wire(version, encoder_HR, decoder_RH, matrix.step)
     except CodecError as error:
         raise BadFrame(f"{name}: {error}") from None
+
+
+# A set as changes ---------------------------------------------------------------------------------------------------
+
+
+def as_changes(new: BasisSet, base: BasisSet) -> BasisSet:
+    """`new`, whole, for a member that holds `base`, whole: as packets against it, or as it is where that is no larger."""
+    held = _by_place(base)
+    packed = [_each(m, held.get((m.boundary, m.direction)), _packed) for m in new.matrices]
+    if _value_bytes(packed) >= _value_bytes(new.matrices):
+        return new
+    return replace(new, matrices=packed, base=base.version, delta=True)
+
+
+def as_whole(message: BasisSet, held: BasisSet | None, spec: LinkSpec) -> BasisSet:
+    """The set that a BASIS frame stands for, bit for bit as its sender has it; `held` is the last one that came, whole.
+
+    Raises BadFrame for changes of a version that is not held, for matrices that do not fit the link (before anything
+    is allocated for them), and for damaged packets.
+    """
+    if not message.delta:
+        return message
+    if held is None or held.version != message.base:
+        have = "no version" if held is None else f"version {held.version}"
+        raise BadFrame(
+            f"basis version {message.version} came as changes of version {message.base}, here is {have}: whoever "
+            "holds another version must be sent it whole"
+        )
+    bases, matrices = _by_place(held), []
+    for matrix in message.matrices:
+        name = _fitting(matrix, message.version, spec)
+        try:
+            matrices.append(_each(matrix, bases.get((matrix.boundary, matrix.direction)), _unpacked))
+        except CodecError as error:
+            raise BadFrame(f"{name}, as changes of version {message.base}: {error}") from None
+    return BasisSet(message.version, message.tick, matrices)
+
+
+def _packed(new: bytes, base: list[Tensor] | None, shape: Shape) -> bytes:
+    return weight_delta.encode([_tensor(new, *shape, "a basis")], base)
+
+
+def _unpacked(packet: bytes, base: list[Tensor] | None, shape: Shape) -> bytes:
+    (tensor,) = weight_delta.decode(packet, base, [shape], torch.bfloat16)
+    return _bytes(tensor)
+
+
+def _each(
+    matrix: BasisMatrix, base: BasisMatrix | None, turn: Callable[[bytes, list[Tensor] | None, Shape], bytes]
+) -> BasisMatrix:
+    """`matrix` with its encoder and its decoder, if any, turned into other bytes: beside those of `base` where it has
+    them in the same shape (the steering changes ranks, and a pair may become orthonormal or cease to be)."""
+    like = base if base is not None and (base.rows, base.columns) == (matrix.rows, matrix.columns) else BasisMatrix()
+
+    def one(new: bytes, old: bytes, shape: Shape) -> bytes:
+        return turn(new, [_tensor(old, *shape, "a basis")] if old else None, shape) if new else b""
+
+    encoder, decoder = (matrix.rows, matrix.columns), (matrix.columns, matrix.rows)
+    return replace(
+        matrix, values=one(matrix.values, like.values, encoder), decoder=one(matrix.decoder, like.decoder, decoder)
+    )
+
+
+def _by_place(bases: BasisSet) -> dict[tuple[int, int], BasisMatrix]:
+    return {(m.boundary, m.direction): m for m in bases.matrices}
+
+
+def _value_bytes(matrices: list[BasisMatrix]) -> int:
+    return sum(len(m.values) + len(m.decoder) for m in matrices)
+
+
+def _fitting(matrix: BasisMatrix, version: int, spec: LinkSpec) -> str:
+    """Its name, for errors. Raises BadFrame for a shape that the link cannot have."""
+    most = spec.rank_forward if matrix.direction == Direction.FORWARD else spec.rank_backward
+    name = f"basis version {version} of boundary {matrix.boundary}"
+    if matrix.rows != spec.width or not 1 <= matrix.columns <= most:
+        raise BadFrame(f"{name} is {matrix.rows} x {matrix.columns}; the manifest wants {spec.width} x 1..{most}")
+    return name
 
 
 def _bytes(tensor: Tensor) -> bytes:

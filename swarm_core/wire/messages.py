@@ -280,6 +280,8 @@ class Slice:
     basis_version: int = 0
     reuse: int = 0
     old_logprobs: bytes = b""
+    reference_logprobs: bytes = b""
+    scored: bool = False
 
 
 @dataclass

@@ -38,22 +38,40 @@ OTHER: dict[str, dict[str, Any]] = {
         "kind": "none", "rank_forward": 4, "rank_backward": 5, "backward": "exact", "zstd": "off", "fit": "plain",
         "fit_ridge": 0.5, "quantiser_forward": "bf16", "quantiser_backward": "int8", "step_forward": 0.1,
         "step_backward": 0.1, "gradient_scale": "row", "stochastic_rounding": True, "outliers": 4.0,
-        "reuse_deltas": False, "reuse_memory_mb": 1, "share_prompts": False, "bytes_per_token": 9.0,
+        "reuse_deltas": True, "reuse_memory_mb": 1, "share_prompts": False, "bytes_per_token": 9.0,
         "target_share": 0.5, "fidelity_every": 7, "fidelity_sequences": 3,
     },
-    "anchor": {"q_cadence": 3, "calibration_prompts": 4},
+    "anchor": {
+        "q_cadence": 3, "calibration_prompts": 4, "q_source": "anchor_replay", "pin_basis": False, "m_cadence": 7,
+        "latency": "natural", "delay_k": 9, "latency_range": [2, 3], "latency_sigma": 0.1, "latency_trace": "/t",
+        "slowdown": 2.0, "snapshot": "exact", "ring_mb": 9,
+    },
+    "corrections": {
+        "merger": "held_delta", "form": "topk", "rank": 9, "share": 0.5, "alpha": 0.5, "beta_anc": 0.5, "age_decay": 0.5,
+        "age_from": "birth", "adaptive_lambda": "none", "lambda_cap": 0.25, "c_max": 2.0, "k_max": 50,
+    },
     "sampler": {
         "engine": "replay", "overlap": False, "batch_size": 3, "record": True, "replay": "/z", "eval_every": 9,
         "eval_prompts": 7, "eval_samples": 2,
     },
     "checkpoint": {"every": 5, "keep": 9},
 }  # fmt: skip
-TOGETHER = {"sampler.engine": {"replay": "/z"}, "sampler.replay": {"engine": "replay"}}
+TOGETHER = {
+    "sampler.engine": {"replay": "/z"}, "sampler.replay": {"engine": "replay"},
+    "anchor.latency": {"latency_trace": "none"},
+}  # fmt: skip
+# What some of the other values need beside them, in another section.
+BASE = {
+    "links.reuse_deltas": "false",
+    "corrections.merger": "signed_ema",
+    "anchor.latency_trace": "/other",
+    "anchor.latency": "trace",
+}
 
 
 @pytest.fixture(scope="module")
 def base() -> Manifest:
-    return make_manifest(load(TINY / "run.toml"), read_shape(TINY / "model"), "a0" * 32)
+    return make_manifest(load(TINY / "run.toml", BASE), read_shape(TINY / "model"), "a0" * 32)
 
 
 def changed(manifest: Manifest, section: str, **values: Any) -> Manifest:
@@ -85,7 +103,7 @@ def test_what_is_listed_exists() -> None:
 
 
 def test_nothing_that_shapes_the_weights_is_listed() -> None:
-    for section in ("swarm", "grpo", "dgg", "optimizer", "anchor"):
+    for section in ("swarm", "grpo", "dgg", "optimizer", "corrections"):
         assert section not in OUTSIDE_DIGEST
     for section, name in (("run", "seed"), ("run", "precision"), ("data", "reward"), ("data", "chat_template")):
         assert not outside(section, name)

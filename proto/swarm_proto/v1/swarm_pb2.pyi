@@ -487,7 +487,7 @@ class SnapshotHeld(_message.Message):
     def __init__(self, version: _Optional[int] = ..., bytes: _Optional[int] = ..., whole: _Optional[bool] = ..., refused: _Optional[str] = ...) -> None: ...
 
 class Slice(_message.Message):
-    __slots__ = ("version", "tick", "lineage", "data", "prompt_ids", "basis_version", "reuse", "old_logprobs")
+    __slots__ = ("version", "tick", "lineage", "data", "prompt_ids", "basis_version", "reuse", "old_logprobs", "reference_logprobs", "scored")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TICK_FIELD_NUMBER: _ClassVar[int]
     LINEAGE_FIELD_NUMBER: _ClassVar[int]
@@ -496,6 +496,8 @@ class Slice(_message.Message):
     BASIS_VERSION_FIELD_NUMBER: _ClassVar[int]
     REUSE_FIELD_NUMBER: _ClassVar[int]
     OLD_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    SCORED_FIELD_NUMBER: _ClassVar[int]
     version: int
     tick: int
     lineage: int
@@ -504,7 +506,9 @@ class Slice(_message.Message):
     basis_version: int
     reuse: int
     old_logprobs: bytes
-    def __init__(self, version: _Optional[int] = ..., tick: _Optional[int] = ..., lineage: _Optional[int] = ..., data: _Optional[_Union[BatchData, _Mapping]] = ..., prompt_ids: _Optional[bytes] = ..., basis_version: _Optional[int] = ..., reuse: _Optional[int] = ..., old_logprobs: _Optional[bytes] = ...) -> None: ...
+    reference_logprobs: bytes
+    scored: bool
+    def __init__(self, version: _Optional[int] = ..., tick: _Optional[int] = ..., lineage: _Optional[int] = ..., data: _Optional[_Union[BatchData, _Mapping]] = ..., prompt_ids: _Optional[bytes] = ..., basis_version: _Optional[int] = ..., reuse: _Optional[int] = ..., old_logprobs: _Optional[bytes] = ..., reference_logprobs: _Optional[bytes] = ..., scored: _Optional[bool] = ...) -> None: ...
 
 class Correction(_message.Message):
     __slots__ = ("version", "tick", "born", "not_before", "lineage", "packet", "digest")

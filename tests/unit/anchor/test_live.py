@@ -292,3 +292,56 @@ def test_the_upkeep_of_the_links_is_counted_in_the_second_share() -> None:
     lines = drawn(table)
     assert any("300 B sent, 7.50 % of dense, 10.0 % with bases and fidelity probes" in line for line in lines)
     assert any("basis 60 B, fidelity 40 B, weights 9.0 kB" in line for line in lines)
+    table.bytes_update(
+        totals | {"snapshot": [0, 0, 60], "correction": [0, 0, 40], "basis": [0, 0, 60], "sketch": [9, 0, 0]}
+    )
+    assert any("11.5 % with bases, sketches, snapshots and corrections" in line for line in drawn(table))
+
+
+MERGED = {"correction/version": 3, "correction/K": 12, "correction/age": 12, "correction/c": 0.84,
+          "correction/lambda": 0.41, "correction/share": 0.031, "correction/cos": -0.12}  # fmt: skip
+MADE = {"type": "event", "tick": 61, "event": "correction", "message": "4", "correction/made": 4,
+        "correction/snapshot_tick": 60, "correction/replay_s": 12.34, "correction/bytes": 1_200_000,
+        "correction/not_before": 65}  # fmt: skip
+
+
+def test_the_correction_in_use_and_the_anchors_state_are_shown() -> None:
+    said = "version 3, K 12, age 12, c 0.84, lambda 0.41, share 3.10 %, cos -0.120"
+    for table, out in (piped(merger="held_delta"), on_terminal(160, merger="held_delta")):
+        table.update(tick_row(59, **{"anchor/wait_s": 0}))
+        if not table.plain:
+            assert any(re.fullmatch(r"correction\s+none yet", line) for line in drawn(table))
+        table.update(MADE)
+        table.update(tick_row(60, **MERGED, **{"anchor/wait_s": 0}))
+        if table.plain:
+            assert ["correction " + said in line for line in out.getvalue().splitlines()] == [False, False, True]
+            continue
+        lines = drawn(table)
+        assert any(re.fullmatch(rf"correction\s+{re.escape(said)}, at tick 60", line) for line in lines)
+        state = "ticks waited 0 s; correction 4 from tick 60, replayed in 12.3 s, 1.2 MB, for ticks from 65 on"
+        assert any(re.fullmatch(rf"anchor\s+{state}", line) for line in lines)
+        table.update(tick_row(61, **{"anchor/wait_s": 0.25}))
+        table.update({"type": "event", "tick": 61, "event": "snapshot_refused", "message": "stage 1: checksum"})
+        lines = drawn(table)
+        assert any(f"none in the last tick; before: {said}, at tick 60" in line for line in lines)
+        assert any("ticks waited 0.25 s, 1 refused; correction 4" in line for line in lines)
+        assert any(line.startswith("error") and "stage 1: checksum" in line for line in lines)
+
+
+def test_a_run_without_a_merger_has_no_line_about_corrections() -> None:
+    table, _ = on_terminal(160)
+    table.update(tick_row(0, **{"anchor/wait_s": 0}))
+    assert not [line for line in drawn(table) if line.startswith(("correction", "anchor"))]
+    table.update(tick_row(1, **MERGED))
+    assert [line for line in drawn(table) if line.startswith("correction")], "what is merged is never hidden"
+
+
+@pytest.mark.parametrize("strange", [float("nan"), None, "x", [], 10**400])
+def test_strange_corrections_do_not_end_the_run(strange: Any) -> None:
+    for table, _ in (piped(merger="held_delta"), on_terminal(merger="held_delta")):
+        for name in MERGED:
+            table.update(tick_row(1, **(MERGED | {name: strange})))
+        for name in MADE:
+            table.update(MADE | {name: strange})
+        table.update(tick_row(2, reward=0.777))
+        assert any("0.777" in line for line in drawn(table))

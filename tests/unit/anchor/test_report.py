@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from anchor_node.plots import _kind_color, refreshes
-from anchor_node.record import byte_text, read_run, share_text
+from anchor_node.plots import _kind_color
+from anchor_node.record import KIND_ORDER, byte_text, read_run, share_text
 from anchor_node.report import ledger_summary, main, print_ledger, write_report
 
 HEAD = "tick,link,direction,kind,dense_bytes,packet_bytes,message_bytes,wire_bytes,frames\n"
-FIGURES = ["reward", "bytes", "dgg", "basis", "policy", "signal", "time"]
+FIGURES = ["reward", "bytes", "dgg", "basis", "refreshes", "policy", "signal", "time"]
 
 
 def tick_row(tick: int) -> dict[str, Any]:
@@ -193,6 +193,7 @@ def test_every_figure_is_drawn_for_wide_and_narrow_screens(whole_run: Path) -> N
         "bytes": ["activation", "gradient", "rollout", "control", "dense links", "bytes a tick", "6.00 %"],
         "dgg": ["threshold τ = 0.5", "gated", "first pass, not gated", "z (standard deviations)"],
         "basis": ["forward, rank 24", "backward, rank 48", "boundary 0", "captured share"],
+        "refreshes": ["By tick", "new basis", "By place in the batch", "of tokens, clipped"],
         "policy": ["nats a token", "of tokens", "tokens", "of completions"],
         "signal": ["Loss (near 0 is normal)", "A GRPO loss near 0 is normal"],
         "time": ["seconds", "stage 0", "stage 1", "100 %", "of the stage’s time"],
@@ -266,7 +267,7 @@ def test_an_unfinished_run_with_strange_rows(tmp_path: Path) -> None:
 def test_one_tick_only(tmp_path: Path) -> None:
     page = Page(write_report(write_run(tmp_path, [tick_row(7)])).read_text(encoding="utf-8"))
     assert page.texts["state"] == "unfinished: 1 of 16 ticks so far"
-    assert "Could not be drawn" not in page.source and page.tags.count("svg") == 2 * len(FIGURES)
+    assert "Could not be drawn" not in page.source and page.tags.count("svg") == 2 * (len(FIGURES) - 1), "no refresh"
 
 
 def test_a_long_run_stays_small_and_drawn(tmp_path: Path) -> None:
@@ -315,14 +316,6 @@ def test_a_stop_event_says_why(tmp_path: Path) -> None:
     assert page.texts["state"] == "unfinished: 2 of 16 ticks so far"
 
 
-def test_basis_marks_are_where_a_version_took_effect(tmp_path: Path) -> None:
-    told = {"type": "event", "tick": 5, "time_s": 1.0, "event": "basis", "message": ""}
-    rows = [tick_row(tick) for tick in range(16)]
-    assert refreshes(read_run(write_run(tmp_path, [told, *rows]))) == [8]
-    bare = [{name: value for name, value in row.items() if name != "basis/version"} for row in rows]
-    assert refreshes(read_run(write_run(tmp_path, [told, *bare]))) == [5]
-
-
 def test_ledger_sums_from_folder_and_from_rows_agree(whole_run: Path) -> None:
     summary = ledger_summary(whole_run)
     assert summary == ledger_summary(read_run(whole_run).ledger)
@@ -365,8 +358,7 @@ def test_what_cannot_be_negative_has_no_axis_below_zero(tmp_path: Path) -> None:
 
 
 def test_each_kind_of_a_run_has_a_colour_of_its_own() -> None:
-    kinds = ["activation", "gradient", "basis", "sketch", "fidelity", "weights", "rollout", "control"]
-    assert len({_kind_color(kind, kinds) for kind in kinds}) == len(kinds)
+    assert len({_kind_color(kind, KIND_ORDER) for kind in KIND_ORDER}) == len(KIND_ORDER)
 
 
 def test_numbers_as_text() -> None:

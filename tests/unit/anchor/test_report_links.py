@@ -140,6 +140,10 @@ def test_versions_are_drawn_when_they_say_something() -> None:
     assert lines(drawn["Quantiser step"])["boundary 0"] == [0.5, 0.5, 0.5, 0.7]
     assert lines(drawn["Overlap with the version before"])["boundary 0"] == pytest.approx([0.905, 0.91, 0.915])
     assert next(iter(panels(run_of(ticks, steered))["basis"])) == "forward, up to rank 24"
+    for event in steered:
+        event |= {f"basis/condition_{direction}/boundary_{boundary}": 5.0 + boundary for direction, boundary in PLACES}
+    assert lines(panels(run_of(ticks, steered))["versions"]["Condition"])["boundary 1"] == [6.0, 6.0, 6.0]
+    assert [row[-1] for row in cells(basis_table(run_of(ticks, steered)), "bases")] == ["highest condition", *"5656"]
 
 
 def test_each_basis_in_numbers() -> None:

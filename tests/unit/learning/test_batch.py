@@ -82,6 +82,38 @@ def test_nothing_cannot_be_probed(slice_: int, sequences: int) -> None:
         batch.probe(slice_, sequences)
 
 
+@pytest.mark.parametrize("held", [True, False], ids=["scored", "not-scored"])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_a_slice_by_itself_has_the_microbatches_it_had_in_the_batch(counts: tuple[int, ...], held: bool) -> None:
+    batch, _ = make(9, counts, 3)
+    if held:
+        generator = torch.Generator().manual_seed(9)
+        for n in range(sum(batch.microbatches)):
+            old_M, reference_M = torch.randn(2, batch.layout(*batch.place(n)).targets, generator=generator)
+            batch.keep_old(*batch.place(n), old_M)
+            batch.keep_reference(*batch.place(n), reference_M)
+    for index, count in enumerate(batch.microbatches):
+        only = batch.only(index)
+        assert only.microbatches == (count,)
+        assert (only.slice_tokens, only.slice_sequences) == (
+            [batch.slice_tokens[index]],
+            [batch.slice_sequences[index]],
+        )
+        for m in range(count):
+            got, wanted = only.microbatch(0, m), batch.microbatch(index, m)
+            assert got.layout == wanted.layout and torch.equal(only.ids(0, m), batch.ids(index, m))
+            for name in ("targets_M", "advantages_M", "active_M", "sampler_logprobs_M"):
+                assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+            kept = [(got.old_logprobs_M, wanted.old_logprobs_M), (only.reference(0, m), batch.reference(index, m))]
+            for a, b in kept:
+                assert (a is not None) == (b is not None) == held and (a is None or torch.equal(a, b))
+            for share in (True, False):
+                a, b = only.crossing(0, m, share=share), batch.crossing(index, m, share=share)
+                assert [rows for _, rows in a.parts] == [rows for _, rows in b.parts]
+                assert (a.sent_U is None) == (not share) and (not share or torch.equal(a.sent_U, b.sent_U))
+        assert replace(batch, ids_N=None).only(index).ids_N is None
+
+
 def test_sequences_of_equal_length_keep_their_order() -> None:
     one = torch.tensor([1])
     equal = [Sample(one, torch.tensor([i]), 1.0, torch.zeros(1)) for i in range(5)]

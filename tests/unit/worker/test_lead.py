@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.messages import Decide, Mode, Outcome
@@ -323,3 +325,61 @@ def test_the_state_goes_through_json_in_the_middle_of_everything(ticks_before: i
     second = Lead(first.plan, LeadState.from_json(json.loads(text)))
     assert second.state == first.state
     assert seen + play(second, 13) == undisturbed
+
+
+# Corrections -----------------------------------------------------------------------------------------------------------
+
+
+def stamped(policy: Lead, own: dict[int, tuple[int, int]], everywhere: list[int]) -> int:
+    policy.state.corrections = everywhere
+    stamp = policy.next_round(own)
+    assert stamp is not None and stamp.mode is Mode.TRAIN
+    policy.decide(stamp, [1.0], 1.0, False)
+    return stamp.correction
+
+
+def test_the_newest_correction_that_all_hold_is_stamped_once_its_time_has_come() -> None:
+    policy = lead(max_reuse=9, k_max=3)
+    supply(policy, 1)
+    policy.state.scored = True
+    own = {1: (0, 1), 2: (1, 4), 3: (2, 2)}  # (snapshot tick, first tick)
+    assert stamped(policy, own, [1]) == 0  # tick 0: it comes of this very tick
+    assert stamped(policy, own, [1]) == 1
+    assert stamped(policy, own, [1, 2]) == 1  # tick 2: version 2 is due in tick 4
+    assert stamped(policy, own, [1, 2, 3, 9]) == 3  # version 9 is not here: it must not be stamped
+    assert stamped(policy, own, [1, 2, 3]) == 3  # version 2 is due, and older
+    assert stamped(policy, own, []) == 0
+    assert stamped(policy, own, [1, 2, 3]) == 0  # tick 6: all are older than k_max
+    assert policy.state.tick == 7
+
+
+def test_only_ticks_with_signal_are_corrected() -> None:
+    policy = lead(max_reuse=1, k_max=9)
+    supply(policy, 0, 2)
+    policy.state.corrections, policy.state.scored, policy.state.tick = [1], True, 5
+    empty = policy.next_round({1: (0, 1)})
+    assert empty is not None and (empty.mode, empty.microbatches, empty.correction) == (Mode.TRAIN, 0, 0)
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(st.data())
+def test_no_older_version_is_ever_stamped_after_a_newer_one(data: st.DataObject) -> None:
+    policy = lead(max_reuse=40, k_max=data.draw(st.integers(1, 12)))
+    supply(policy, 1)
+    policy.state.scored = True
+    latencies = data.draw(st.lists(st.integers(1, 9), min_size=12, max_size=12))
+    own = {v: (2 * (v - 1), 2 * (v - 1) + k) for v, k in enumerate(latencies, start=1)}
+    held: set[int] = set()
+    newest = 0
+    for t in range(30):
+        held |= set(data.draw(st.lists(st.sampled_from(sorted(own)), max_size=2)))
+        held = {v for v in held if own[v][0] < t and v >= newest}  # what a stage keeps
+        version = stamped(policy, own, sorted(held))
+        if version:
+            assert version >= newest and own[version][1] <= t <= own[version][0] + policy.plan.k_max
+            newest = version
+
+
+def test_what_all_stages_hold_is_in_the_checkpoint() -> None:
+    state = LeadState(corrections=[3, 4])
+    assert LeadState.from_json(json.loads(json.dumps(state.to_json()))) == state

@@ -17,10 +17,10 @@ from codec.spec import Direction
 from swarm_core.config import RunConfig
 from swarm_core.knobs import DataSection, LinksSection, ModelSection
 from swarm_core.learning.crossing import Crossing
+from swarm_core.learning.objective import packet_seed
 from swarm_core.learning.partition import Span
 from swarm_core.manifest import Manifest
 from swarm_core.wire.messages import Mode
-from swarm_worker import link_ends
 from swarm_worker.link_ends import LinkEnd
 from swarm_worker.schedule import COMPRESSED, DENSE, Stamp
 from swarm_worker.sketching import Sketcher
@@ -185,9 +185,9 @@ def test_random_rounding_differs_by_place_and_not_by_process() -> None:
 
     assert packet(TICKS[0], 0) == packet(TICKS[0], 0)
     assert len({packet(stamp, i) for stamp in TICKS for i in range(3)}) == 12
-    code = "from swarm_worker.link_ends import _seed; print(_seed(0, 5, 0, 3, 1))"
+    code = "from swarm_core.learning.objective import packet_seed; print(packet_seed(0, 5, 0, 3, 1))"
     elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert int(elsewhere) == link_ends._seed(0, 5, 0, 3, 1) == 1572594553054871954
+    assert int(elsewhere) == packet_seed(0, 5, 0, 3, 1) == 1572594553054871954
 
 
 @pytest.mark.parametrize("change", [lambda x: x * 0.0, lambda x: x])

@@ -1,0 +1,280 @@
+"""The anchor as provider of corrections: takes snapshots and slices in, replays the newest pair, sends what came of it.
+
+Replays run on one thread of their own, newest pair first; nobody waits for them. A correction is made as soon as its pair is
+whole; `not_before` keeps it from being merged earlier than the latency of the run says. What arrives damaged or from
+another history is refused with its reason and costs one correction. Files are replay_store.py's, order is the ring's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anchor_node.dense_replay import Cancelled, DenseReplay, Watch
+from anchor_node.replay_store import ReplayStore, SnapshotRefused
+from codec.basis import Basis
+from codec.corrections import CorrectionEncoder
+from codec.errors import CodecError
+from swarm_core.errors import KedgeError
+from swarm_core.learning.latency import FireSchedule
+from swarm_core.learning.merge import smooth
+from swarm_core.learning.replay_ring import ReplayRing
+from swarm_core.learning.stage import Stage, build_stage
+from swarm_core.manifest import Manifest
+from swarm_core.models.architecture import hf_config, read_shape
+from swarm_core.models.reading import tensor_shapes
+from swarm_core.wire.bases import Key
+from swarm_core.wire.corrections import correction_spec, digest_of, read_slice
+from swarm_core.wire.errors import BadFrame
+from swarm_core.wire.frames import Header
+from swarm_core.wire.messages import Correction, Slice, Snapshot, SnapshotHeld
+
+log = logging.getLogger(__name__)
+MIB = 1 << 20
+# Beside the weights of a pair: ids, log-probs and bases. Ten thousand tokens take 0.2 MB.
+SLICE_BYTES = 16 * MIB
+Bases = Callable[[int], Mapping[Key, Basis] | None]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a replay gave: a correction a stage, and numbers for the books."""
+
+    version: int
+    corrections: dict[int, Correction]
+    numbers: dict[str, float]
+
+
+class Corrector:
+    """One run's corrections. Methods are called from the event loop; `run` replays until it is cancelled.
+
+    `send(stage, correction)` posts one; `event(name, message, numbers)` is for the books; `now()` is the newest tick known;
+    `bases(version)` gives a basis version that stages may have pinned, or None where it is gone.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        model_path: Path,
+        out: Path,
+        device: torch.device,
+        fires: FireSchedule,
+        *,
+        send: Callable[[int, Correction], None],
+        event: Callable[[str, str, dict[str, float]], None],
+        now: Callable[[], int],
+        bases: Bases,
+        watch: Watch | None = None,
+    ) -> None:
+        config, shape = manifest.config, read_shape(model_path)
+        self.manifest, self._fires = manifest, fires
+        self._named = [tensor_shapes(shape, span) for span in manifest.spans]
+        shapes = [list(named.values()) for named in self._named]
+        self._master = torch.float64 if config.run.precision == "fp64" else torch.float32
+        self._store = ReplayStore(out, shapes, self._master)
+        self._k_max = config.corrections.k_max
+        self._ring = ReplayRing(fires, manifest.stages, config.anchor.ring_mb * MIB)
+        self._ring.check(pair_bytes(manifest, model_path))
+        spec, seed = correction_spec(config), config.run.seed
+        self._encoders = [CorrectionEncoder(spec, of, seed + i) for i, of in enumerate(shapes)]
+        self._mean: list[list[Tensor]] | None = None
+        self._hf_config = hf_config(model_path)
+        self._device = device
+        self._send, self._event, self._now, self._bases, self._watch = send, event, now, bases, watch
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="replay")
+        self._wake = asyncio.Event()
+        self._stopped = threading.Event()
+
+    # The volume --------------------------------------------------------------------------------------------------------
+
+    def take_up(self, tick: int | None) -> None:
+        """Go on from the volume. `tick`: the run starts again there, and what was snapshot at it or later is of a
+        history that is no more; None: the run is where it was."""
+        made = self._store.made(0)
+        for version, parts in self._store.pairs().items():
+            for name, size in parts.items():
+                if (part := _part_of(name)) is not None:
+                    self._drop(self._ring.part_came(version, part, size))
+            if made is not None and version <= made.version and self._ring.complete(version):
+                self._ring.replayed(version)
+        if tick is not None:
+            self._drop(self._ring.rewind(tick))
+            newest = self._fires.count_before(tick)
+            self._store.forget_made(lambda version: version > newest)
+        self._load(self._store.state())
+        self._wake.set()
+
+    def newest(self, stage: int) -> Correction | None:
+        """The newest correction of a stage, for a member that starts or comes back."""
+        return self._store.made(stage)
+
+    def held(self, stage: int) -> int:
+        """The newest version of a stage's weights that is here whole."""
+        return self._store.base_version(stage)
+
+    # What stages send --------------------------------------------------------------------------------------------------
+
+    async def take_snapshot(self, stage: int, header: Header, epoch: int, message: Snapshot) -> SnapshotHeld:
+        """A part of a stage's weights; the answer for that stage."""
+        try:
+            self._check(header, epoch, message.version, message.tick)
+            held = self._store.part(stage, message)
+            if held < message.total_bytes:
+                return SnapshotHeld(message.version, held)
+            size = await asyncio.to_thread(self._store.finish, stage)
+        except SnapshotRefused as error:
+            self._event("snapshot_refused", f"stage {stage}, snapshot {message.version}: {error}", {})
+            return SnapshotHeld(message.version, refused=str(error))
+        self._came(message.version, stage, size)
+        return SnapshotHeld(message.version, message.total_bytes, whole=True)
+
+    def take_slice(self, stage: int, header: Header, epoch: int, message: Slice) -> None:
+        """What a snapshot's tick consumed, from the first or the last stage."""
+        try:
+            self._check(header, epoch, message.version, message.tick)
+            if message.prompt_ids and stage != 0 or message.scored and stage != self.manifest.stages - 1:
+                raise SnapshotRefused(f"stage {stage} has no such part of it")
+            if message.prompt_ids:
+                read_slice(message, Slice(), self.manifest.config.swarm.microbatch_size, self.manifest.vocab)
+                if (bases := self._bases(message.basis_version)) is not None:
+                    self._store.keep_bases(message.version, dict(bases))
+        except (SnapshotRefused, BadFrame) as error:
+            self._event("snapshot_refused", f"stage {stage}, slice {message.version}: {error}", {})
+            return
+        for name, size in self._store.keep_slice(message).items():
+            self._came(message.version, _part_of(name) or "slice", size)
+
+    def _check(self, header: Header, epoch: int, version: int, tick: int) -> None:
+        if header.epoch != epoch:
+            raise SnapshotRefused(f"it is of epoch {header.epoch}, this run is in {epoch}")
+        if version < 1 or version != self._fires.count_before(tick + 1):
+            raise SnapshotRefused(f"tick {tick} is none that snapshot {version} could be taken in")
+
+    def _came(self, version: int, part: int | str, size: int) -> None:
+        self._drop(self._ring.part_came(version, part, size))
+        self._drop(self._ring.drop(self._now(), self._k_max))
+        self._wake.set()
+
+    def _drop(self, versions: list[int]) -> None:
+        for version in versions:
+            self._store.drop(version)
+
+    # Replays -----------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Replay the newest pair whenever there is one, until cancelled."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                version = self._ring.next_replay(self._now(), self._k_max)
+                if version is None:
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                self._ring.start(version)
+                try:
+                    made = await loop.run_in_executor(self._thread, self._make, version)
+                except Cancelled:
+                    return
+                except (KedgeError, CodecError, OSError) as error:
+                    self._event("replay_failed", f"snapshot {version}: {error}", {})
+                    if self._ring.replaying == version:
+                        self._ring.forget(version)
+                        self._drop([version])
+                else:
+                    if self._ring.replaying == version:  # else the run went back meanwhile, and its pair is gone
+                        self._deliver(made)
+                        self._ring.replayed(version)
+                self._drop(self._ring.drop(self._now(), self._k_max))
+        finally:
+            self._stopped.set()
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _deliver(self, made: Made) -> None:
+        size = sum(len(c.packet) for c in made.corrections.values())
+        for stage, correction in made.corrections.items():
+            self._store.keep_made(stage, correction)
+            self._send(stage, correction)
+        self._store.keep_state(self._state())
+        one = made.corrections[0]
+        text = f"{made.version}, of tick {one.tick}, made by tick {one.born} in {made.numbers['correction/replay_s']:.1f} s"
+        text += f", {size / 1e3:.1f} kB"
+        about = {"made": made.version, "snapshot_tick": one.tick, "born": one.born, "not_before": one.not_before}
+        numbers = {f"correction/{name}": float(value) for name, value in about.items()}
+        self._event("correction", text, numbers | made.numbers | {"correction/bytes": float(size)})
+
+    def _make(self, version: int) -> Made:
+        """On the replay thread: from a pair to a correction a stage."""
+        started = time.monotonic()
+        first, last = self._store.slice(version)
+        batch = read_slice(first, last, self.manifest.config.swarm.microbatch_size, self.manifest.vocab)
+        replay = DenseReplay(self.manifest, lambda i: self._stage(version, i), self._device)
+        options: dict[str, Any] = {"tick": first.tick, "cancelled": self._stopped.is_set}
+        tensors = replay.run(batch, codec=False, watch=self._watch, **options).gradients
+        if self.manifest.config.corrections.merger == "held_delta":
+            compressed = replay.run(batch, self._store.bases(version), codec=True, **options).gradients
+            for m, g in zip(tensors, compressed, strict=True):
+                torch._foreach_sub_(m, g)
+        tensors = self._smoothed(tensors)
+        taken_s = time.monotonic() - started
+        if self._stopped.wait((self.manifest.config.anchor.slowdown - 1.0) * taken_s):
+            raise Cancelled
+        born = max(first.tick, self._now())
+        corrections: dict[int, Correction] = {}
+        for stage, (encoder, parts) in enumerate(zip(self._encoders, tensors, strict=True)):
+            packet = encoder.encode(parts)
+            latency = self._fires.fire_tick(version) - self._fires.tick_of(version)
+            fire = first.tick + max(1, latency)
+            corrections[stage] = Correction(version, first.tick, born, fire, first.lineage, packet, digest_of(packet))
+        return Made(version, corrections, {"correction/replay_s": time.monotonic() - started})
+
+    def _stage(self, version: int, stage: int) -> Stage:
+        weights = self._store.weights(version, stage)
+        named = {name: t.to(self._master) for name, t in zip(self._named[stage], weights, strict=True)}
+        return build_stage(self._hf_config, self.manifest.spans[stage], named, self._master)
+
+    def _smoothed(self, tensors: list[list[Tensor]]) -> list[list[Tensor]]:
+        beta = self.manifest.config.corrections.beta_anc
+        if not beta:
+            return tensors
+        means = self._mean or [None] * len(tensors)
+        self._mean = [smooth(mean, new, beta) for mean, new in zip(means, tensors, strict=True)]
+        return self._mean
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {f"encoder.{i}.{name}": t for i, e in enumerate(self._encoders) for name, t in e.state().items()}
+        for stage, means in enumerate(self._mean or []):
+            state |= {f"mean.{stage}.{i:06d}": t for i, t in enumerate(means)}
+        return state
+
+    def _load(self, state: dict[str, Tensor]) -> None:
+        for i, encoder in enumerate(self._encoders):
+            prefix = f"encoder.{i}."
+            encoder.load({name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)})
+        means = [[state[n] for n in sorted(state) if n.startswith(f"mean.{i}.")] for i in range(self.manifest.stages)]
+        self._mean = means if all(means) else None
+
+
+def pair_bytes(manifest: Manifest, model_path: Path) -> int:
+    """What one pair takes on the anchor's disk: all weights, whole, and room for a slice."""
+    each = 8 if manifest.config.run.precision == "fp64" else 4
+    shape = read_shape(model_path)
+    numbers = sum(torch.Size(dims).numel() for span in manifest.spans for dims in tensor_shapes(shape, span).values())
+    return each * numbers + SLICE_BYTES
+
+
+def _part_of(name: str) -> int | str | None:
+    """The ring's name of a part by its file's; None for what is no part of a pair."""
+    if name.startswith("stage-"):
+        return int(name[len("stage-") :].split(".")[0])
+    return {"slice.pb": "slice", "logprobs.pb": "logprobs"}.get(name)

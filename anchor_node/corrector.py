@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anchor_node.dense_replay import Cancelled, DenseReplay, Watch
+from anchor_node.dense_replay import Cancelled, DenseReplay
+from anchor_node.replay_bases import ReplayBases
 from anchor_node.replay_store import ReplayStore, SnapshotRefused
 from codec.basis import Basis
 from codec.corrections import CorrectionEncoder
 from codec.errors import CodecError
+from codec.fit import Fit
 from swarm_core.errors import KedgeError
 from swarm_core.learning.latency import FireSchedule
 from swarm_core.learning.merge import smooth
@@ -53,6 +55,7 @@ class Made:
     version: int
     corrections: dict[int, Correction]
     numbers: dict[str, float]
+    fits: dict[Key, Fit]  # of the next bases, where some are due
 
 
 class Corrector:
@@ -74,7 +77,7 @@ class Corrector:
         event: Callable[[str, str, dict[str, float]], None],
         now: Callable[[], int],
         bases: Bases,
-        watch: Watch | None = None,
+        adopt: Callable[[int, Mapping[Key, Fit]], None] = lambda tick, fits: None,
     ) -> None:
         config, shape = manifest.config, read_shape(model_path)
         self.manifest, self._fires = manifest, fires
@@ -90,7 +93,8 @@ class Corrector:
         self._mean: list[list[Tensor]] | None = None
         self._hf_config = hf_config(model_path)
         self._device = device
-        self._send, self._event, self._now, self._bases, self._watch = send, event, now, bases, watch
+        self._send, self._event, self._now, self._bases, self._adopt = send, event, now, bases, adopt
+        self.refresh: ReplayBases | None = None  # what makes bases of the replays; set before the first one
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="replay")
         self._wake = asyncio.Event()
         self._stopped = threading.Event()
@@ -207,6 +211,8 @@ class Corrector:
             self._send(stage, correction)
         self._store.keep_state(self._state())
         one = made.corrections[0]
+        if made.fits:
+            self._adopt(one.tick, made.fits)
         text = f"{made.version}, of tick {one.tick}, made by tick {one.born} in {made.numbers['correction/replay_s']:.1f} s"
         text += f", {size / 1e3:.1f} kB"
         about = {"made": made.version, "snapshot_tick": one.tick, "born": one.born, "not_before": one.not_before}
@@ -220,7 +226,7 @@ class Corrector:
         batch = read_slice(first, last, self.manifest.config.swarm.microbatch_size, self.manifest.vocab)
         replay = DenseReplay(self.manifest, lambda i: self._stage(version, i), self._device)
         options: dict[str, Any] = {"tick": first.tick, "cancelled": self._stopped.is_set}
-        tensors = replay.run(batch, codec=False, watch=self._watch, **options).gradients
+        tensors = replay.run(batch, codec=False, watch=self.refresh and self.refresh.watch, **options).gradients
         if self.manifest.config.corrections.merger == "held_delta":
             compressed = replay.run(batch, self._store.bases(version), codec=True, **options).gradients
             for m, g in zip(tensors, compressed, strict=True):
@@ -236,7 +242,8 @@ class Corrector:
             latency = self._fires.fire_tick(version) - self._fires.tick_of(version)
             fire = first.tick + max(1, latency)
             corrections[stage] = Correction(version, first.tick, born, fire, first.lineage, packet, digest_of(packet))
-        return Made(version, corrections, {"correction/replay_s": time.monotonic() - started})
+        fits = self.refresh.solve(first.tick) if self.refresh is not None else {}
+        return Made(version, corrections, {"correction/replay_s": time.monotonic() - started}, fits)
 
     def _stage(self, version: int, stage: int) -> Stage:
         weights = self._store.weights(version, stage)

@@ -21,6 +21,7 @@ from anchor_node.calibrator import BasisKeeper, calibration_samples, directions,
 from anchor_node.checkpoints import Checkpoint, CheckpointError, found, load_bases, resumable
 from anchor_node.corrector import Corrector
 from anchor_node.live import LiveTable
+from anchor_node.replay_bases import ReplayBases
 from anchor_node.service import AnchorService
 from anchor_node.steering import Steering
 from codec.spec import Direction
@@ -100,6 +101,8 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
                 stack.callback(replays.cancel)
             if config.links.kind == "lowrank" and manifest.boundaries:
                 service.keeper = await asyncio.to_thread(keeper_of, manifest, model_path, rows, resume)
+                if service.corrector is not None and config.anchor.q_source == "anchor_replay":
+                    service.corrector.refresh = refresh_of(service.keeper, config)
             service.open()
             _announce(out / ADDRESS_FILE, service.address)
             log.info("anchor of run %s (manifest %s) listening on %s", config.run.name, manifest.digest()[:12], address)
@@ -171,9 +174,16 @@ def corrector_of(service: AnchorService, model_path: Path, fires: FireSchedule) 
         fires,
         send=service.send_correction,
         event=service.event,
+        adopt=service.adopt_bases,
         now=lambda: service.tick,
         bases=lambda version: service.keeper.held(version) if service.keeper is not None else None,
     )
+
+
+def refresh_of(keeper: BasisKeeper, config: RunConfig) -> ReplayBases | None:
+    """What makes the next bases of the replays; None where version 0 stays."""
+    links, cadence = config.links, config.anchor.q_cadence
+    return ReplayBases(keeper, cadence, links.fit, links.fit_ridge, links.outliers) if cadence else None
 
 
 def trace_of(config: RunConfig) -> tuple[int, ...]:

@@ -298,6 +298,7 @@ class AnchorService:
         bases, changes = self.keeper.current, self.keeper.changes
         if changes is not None and changes.delta and changes.base == self._bases_sent.get(box):
             bases = changes
+        self._bases_sent[box] = bases.version
         self._post(box, FrameKind.BASIS, bases if stage is None else part_for_stage(bases, stage))
 
     def _to_corrector(self, corrector: Corrector, stage: int, frame: Frame) -> None:

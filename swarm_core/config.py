@@ -127,15 +127,17 @@ def _contradictions(c: RunConfig) -> Iterator[tuple[str, str, str, str]]:
             "0 (off), or 1 or more",
         )
     for name in ("bytes_per_token", "target_share"):
-        if getattr(c.links, name) is not None and (c.anchor.q_cadence == 0 or c.links.kind != "lowrank"):
+        steered = c.anchor.q_cadence > 0 and c.anchor.q_source == "stage_sketch" and c.links.kind == "lowrank"
+        if getattr(c.links, name) is not None and not steered:
             got = (
-                f'{getattr(c.links, name)} with anchor.q_cadence = {c.anchor.q_cadence}, links.kind = "{c.links.kind}"'
+                f"{getattr(c.links, name)} with anchor.q_cadence = {c.anchor.q_cadence}, "
+                f'q_source = "{c.anchor.q_source}", links.kind = "{c.links.kind}"'
             )
             yield (
                 f"links.{name}",
-                "only new basis versions can be steered",
+                "only new basis versions from sketches can be steered",
                 got,
-                'q_cadence >= 1 and "lowrank", or none',
+                'q_cadence >= 1, "stage_sketch" and "lowrank", or none',
             )
     yield from _anchor_contradictions(c)
     if c.optimizer.schedule != "constant" and ticks == 0:

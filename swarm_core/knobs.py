@@ -347,8 +347,8 @@ class AnchorSection(Section):
     slowdown: float = knob(1.0, "a replay takes this many times as long, to study a slow anchor", ge=1)
     snapshot: Literal["auto", "bf16", "exact"] = knob(
         "auto",
-        "weights that are shipped to the anchor: auto = what a stage computes with, bf16 or 24 bits a weight; bf16 = "
-        "all rounded to bf16; exact = as the stages hold them",
+        "weights that are shipped to the anchor: auto = rounded to bf16 where a stage computes in it, to TF32 elsewhere; "
+        "bf16 = all rounded to bf16; exact = as the stages hold them",
     )
     ring_mb: int = knob(16384, "disk for pairs of weights and rollouts that await their replay", unit="MiB", ge=1)
 

@@ -25,7 +25,7 @@ from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.messages import Correction
 from swarm_worker.schedule import Stamp
 
-BF16_BITS, KEPT_BITS = 7, 15  # of a mantissa, the leading one apart
+BF16_BITS, TF32_BITS = 7, 10  # of a mantissa, the leading one apart
 SUMS = "correction/sum/"  # vote numbers that are added up over the stages
 
 
@@ -191,15 +191,15 @@ def snapshot_bits(
     """Mantissa bits that each tensor of a snapshot keeps; None: all.
 
     With `auto` a replay sees what the stage computed with: matrices that are cast to bf16 for their products are rounded
-    to it, which changes nothing. All else, and everything where stages compute in fp32, keeps 15 bits: an error of 2^-16
-    of a weight is a small part of a step, while bf16's 2^-8 undoes the newest ones (experiments/LOG.md).
+    to it, which changes nothing. All else, and everything where stages compute in fp32, keeps TF32's 10 bits: bf16's 7
+    undo the newest steps, and the small difference of two gradients with them (experiments/LOG.md).
     """
     which = config.anchor.snapshot
     if which == "exact" or any(p.dtype is torch.float64 for p in parameters):
         return [None] * len(names)
     in_bf16 = [compute_dtype is torch.bfloat16 and p.dim() == 2 and "embed" not in n
                for n, p in zip(names, parameters, strict=True)]  # fmt: skip
-    return [BF16_BITS if which == "bf16" or low else KEPT_BITS for low in in_bf16]
+    return [BF16_BITS if which == "bf16" or low else TF32_BITS for low in in_bf16]
 
 
 def _copied(parameter: nn.Parameter, mantissa_bits: int | None) -> Tensor:

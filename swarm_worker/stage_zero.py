@@ -43,6 +43,7 @@ def lead_plan(manifest: Manifest) -> LeadPlan:
         eval_every=config.sampler.eval_every if config.data.validation else 0,
         checkpoint_every=config.checkpoint.every,
         reference=config.grpo.kl_beta > 0,
+        pin_basis=config.anchor.pin_basis,
         k_max=config.corrections.k_max,
         probe_every=config.links.fidelity_every if manifest.boundaries else 0,
     )

@@ -22,7 +22,6 @@ from swarm_core.wire.bases import matrix_of
 from swarm_core.wire.errors import BadFrame, PeerLost
 from swarm_core.wire.frames import Frame, Header, address_of
 from swarm_core.wire.messages import (
-    BasisSet,
     BatchData,
     Begin,
     Correction,
@@ -90,6 +89,7 @@ class StageWorker:
         zero: StageZero | None,
     ) -> None:
         self.manifest, self.run_id = membership.manifest, membership.run
+        self._take_bases = membership.take_bases
         self.work = work
         self.span = work.compute.span
         self.service = service
@@ -250,7 +250,7 @@ class StageWorker:
         while (frame := await stream.receive()) is not None:
             match frame.header.kind:
                 case FrameKind.BASIS:
-                    message = from_bytes(BasisSet, frame.payload)
+                    message = self._take_bases(frame)
                     # On a thread of its own: to check a wide basis takes up to a second, and frames must not wait.
                     bases = await asyncio.to_thread(read_bases, message, self.manifest, self.span.stage)
                     self.work.deliver(partial(self.work.compute.add_bases, message.version, bases))

@@ -25,7 +25,6 @@ from swarm_core.wire.errors import BadFrame, PeerLost
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
-    BasisSet,
     Fetch,
     FrameKind,
     Hello,
@@ -147,7 +146,7 @@ class SamplerProcess:
         while (frame := await membership.anchor.receive()) is not None:
             match frame.header.kind:
                 case FrameKind.BASIS:
-                    await asyncio.to_thread(source.hold_bases, from_bytes(BasisSet, frame.payload))
+                    await asyncio.to_thread(source.hold_bases, membership.take_bases(frame))
                 case FrameKind.STOP:
                     if not self.over.done():
                         self.over.set_result(from_bytes(Stop, frame.payload).reason)

@@ -37,7 +37,7 @@ class Stage:
 
     def __init__(self, manifest: Manifest) -> None:
         self.parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
-        self.correcting = Correcting(manifest, 1, self.parameters, [15, None])
+        self.correcting = Correcting(manifest, 1, self.parameters, [10, None])
         self.encoder = CorrectionEncoder(correction_spec(manifest.config), SHAPES)
 
     def snapshot(self, tick: int) -> None:
@@ -151,12 +151,12 @@ def test_a_snapshot_is_taken_once_when_it_is_due_or_in_the_next_committed_tick(s
     assert stage.correcting.capture(Stamp(tick=9), None) is None  # type: ignore[arg-type]
     with torch.no_grad():
         for p in stage.parameters:
-            p.fill_(1 + 2**-12 + 2**-20)
+            p.fill_(1 + 2**-9 + 2**-20)
     taken = stage.correcting.capture(Stamp(tick=14, lineage=5), None)  # type: ignore[arg-type]
     assert taken is not None and (taken.version, taken.tick, taken.lineage) == (4, 14, 5)  # 12 and 13 were skipped
     with torch.no_grad():
         for p in stage.parameters:
             p.fill_(7)
-    assert bool((taken.weights[0] == 1 + 2**-12).all()), "rounded to 15 bits"
-    assert bool((taken.weights[1] == 1 + 2**-12 + 2**-20).all()), "as it is"
+    assert bool((taken.weights[0] == 1 + 2**-9).all()), "rounded to 10 bits"
+    assert bool((taken.weights[1] == 1 + 2**-9 + 2**-20).all()), "as it is"
     assert stage.correcting.capture(Stamp(tick=15), None) is None  # type: ignore[arg-type]

@@ -22,11 +22,12 @@ TURN_LIMIT_S = 600.0
 
 
 class SwarmSide:
-    """A running swarm. `turn(n)` lets it train n batches."""
+    """A running swarm. `turn(n)` lets it train n batches. `overrides` are knobs as `serve --set` takes them."""
 
-    name = "swarm"
-
-    def __init__(self, setup: Setup, folder: Path, cores: Sequence[int]) -> None:
+    def __init__(
+        self, setup: Setup, folder: Path, cores: Sequence[int], name: str = "swarm", overrides: Sequence[str] = ()
+    ) -> None:
+        self.name = name
         self.out = folder / "run"
         self.out.mkdir(parents=True)
         lines = [json.loads(line) for line in setup.rollouts.read_text().splitlines()]
@@ -36,6 +37,7 @@ class SwarmSide:
         # Both ends, so that opening does not wait for a reader; not blocking, so that a dead one is noticed.
         self._pipe = os.open(setup.pipe, os.O_RDWR | os.O_NONBLOCK)
         anchor = ["serve", "--config", setup.config, "--listen", "127.0.0.1:0", "--out", self.out]
+        anchor += [word for override in overrides for word in ("--set", override)]
         self.anchor = Child("anchor", "anchor_node.cli", anchor, folder, talks=False)
         address = self._await_address()
         common = ["--anchor", address, "--out", self.out]

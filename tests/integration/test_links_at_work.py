@@ -98,8 +98,8 @@ def test_a_stop_between_the_score_pass_and_its_first_tick_keeps_the_references(
     run_swarm(run_file, tmp_path / "whole")
     next_round = Lead.next_round
 
-    def stops(self: Lead) -> Stamp | None:
-        stamp = next_round(self)
+    def stops(self: Lead, corrections: Any = None) -> Stamp | None:
+        stamp = next_round(self, corrections)
         self.stop_requested |= stamp is not None and stamp.mode is Mode.SCORE and stamp.batch == 1
         return stamp
 

@@ -281,7 +281,7 @@ def probe_again_and_again(lead: Lead, original: Callable[[Lead], Stamp | None]) 
 @pytest.mark.parametrize("bug", [score_as_train, never_scored, probe_every_tick, probe_again_and_again])
 def test_a_bug_in_the_rounds_is_caught(bug: Patch, monkeypatch: Monkey, caught: Caught) -> None:
     original = Lead.next_round
-    monkeypatch.setattr(Lead, "next_round", lambda self: bug(self, original))
+    monkeypatch.setattr(Lead, "next_round", lambda self, corrections=None: bug(self, original))
     assert caught()
 
 

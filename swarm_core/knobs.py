@@ -324,7 +324,7 @@ class AnchorSection(Section):
     )
     calibration_prompts: int = knob(32, "training prompts that version 0 is calibrated on", unit="prompts", ge=1)
     m_cadence: int = knob(
-        40, "ticks between two corrections, where corrections.merger asks for any", unit="ticks", ge=1
+        60, "ticks between two corrections, where corrections.merger asks for any", unit="ticks", ge=1
     )
     latency: Literal["natural", "fixed", "uniform", "lognormal", "trace"] = knob(
         "natural",

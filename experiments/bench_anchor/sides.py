@@ -1,0 +1,103 @@
+"""What takes turns: swarms that differ in nothing but their corrections, on work that both have. No figure here.
+
+A turn is one default m_cadence, so every turn of a side holds as many snapshots as every other. Snapshot ticks are
+multiples of the cadence and the settling turn is two ticks short of one: a snapshot falls on the first tick that is
+counted, and its replay is over before the turn is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.bench.figures import SETTLING
+from experiments.bench.sides import Tick
+from experiments.bench.swarm_side import TURN_LIMIT_S, SwarmSide
+from experiments.bench.workload import ROOT, TINY, TINY_MODEL, Setup, Workload
+from experiments.bench.workload import build as build_identity
+from experiments.children import BenchError, Child
+from swarm_core.knobs import AnchorKnobs
+
+CADENCE = AnchorKnobs().m_cadence
+SETTLE = CADENCE - SETTLING
+OFF = "off"
+# With identity links a correction would be zero, so the links compress as those of examples/tiny do.
+LINKS = ("links.kind=lowrank", "links.rank_forward=0.5", "links.rank_backward=0.33", "links.zstd=auto")
+SIDES = {
+    OFF: ("corrections.merger=none",),
+    "on": ("corrections.merger=held_delta",),
+    "on, every 10 ticks": ("corrections.merger=held_delta", "anchor.m_cadence=10"),
+}
+# Six times the weights of `tiny` and half its tokens: a correction costs by the weight, a tick by weight and token.
+MIDDLE = Workload(
+    "middle", 64, prompts=8, group_size=8, microbatch_size=16, length=24, shortest_prompt=8, longest_prompt=12,
+    turn=CADENCE, hidden=192, intermediate=512, layers=8, heads=6, kv_heads=2,
+)  # fmt: skip
+WORKLOADS = {workload.name: workload for workload in (TINY, MIDDLE)}
+# An idle side uses next to no CPU: two of the kernel's clock ticks in a look are more than its timers take.
+LOOK_S, IDLE_S = 0.25, 0.02
+
+
+@dataclass(frozen=True)
+class AnchorTurn:
+    """The ticks of a turn, the first of them tick `first` of its run; CPU seconds of the whole turn, what it left to be
+    done after its last tick included: both stages', the anchor's, and the anchor's after that tick."""
+
+    first: int
+    ticks: list[Tick]
+    stage_cpu_s: float
+    anchor_cpu_s: float
+    late_cpu_s: float
+
+    @property
+    def counted(self) -> list[Tick]:
+        return self.ticks[SETTLING:]
+
+
+class AnchorSide(SwarmSide):
+    """A swarm whose turn is over when its anchor has nothing left to do: a replay must not run into another's turn."""
+
+    def anchor_turn(self, ticks: int) -> AnchorTurn:
+        first, stages, anchor = self._fed, _cpu_s(self.stages), self.anchor.cpu_s()
+        turn = self.turn(ticks)
+        ended = self.anchor.cpu_s()
+        self._rest()
+        late = self.anchor.cpu_s() - ended
+        return AnchorTurn(first, turn.ticks, _cpu_s(self.stages) - stages, ended + late - anchor, late)
+
+    def _rest(self) -> None:
+        everyone = (self.anchor, *self.stages, self.sampler)
+        deadline = time.monotonic() + TURN_LIMIT_S
+        used, before = _cpu_s(everyone), -1.0
+        while used - before > IDLE_S:
+            if time.monotonic() > deadline:
+                raise BenchError(f"side {self.name} is not idle {TURN_LIMIT_S:.0f} s after its turn; logs in {self.out}")
+            time.sleep(LOOK_S)
+            self._check_alive()
+            used, before = _cpu_s(everyone), used
+
+
+def _cpu_s(children: Sequence[Child]) -> float:
+    return sum(child.cpu_s() for child in children)
+
+
+def build(workload: Workload, folder: Path) -> Setup:
+    """The bench's files with what a basis is calibrated on: a tokenizer and the prompts of examples/tiny."""
+    setup = build_identity(workload, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_MODEL / name, setup.model / name)
+    shutil.copy(ROOT / "examples" / "tiny" / "data" / "train.jsonl", folder / "rows.jsonl")
+    return setup
+
+
+def start(workload: Workload, folder: Path, name: str, overrides: Sequence[str] = ()) -> AnchorSide:
+    """The side `name` of SIDES, with a folder, files and a run of its own."""
+    own = folder / name.replace(",", "").replace(" ", "-")
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        raise BenchError(f"two stages want 2 cores; this process may use {len(cores)}")
+    return AnchorSide(build(workload, own), own, cores, name, (*LINKS, *SIDES[name], *overrides))

@@ -20,9 +20,9 @@ from experiments.bench.swarm_side import TURN_LIMIT_S, SwarmSide
 from experiments.bench.workload import ROOT, TINY, TINY_MODEL, Setup, Workload
 from experiments.bench.workload import build as build_identity
 from experiments.children import BenchError, Child
-from swarm_core.knobs import AnchorKnobs
+from swarm_core.knobs import AnchorSection
 
-CADENCE = AnchorKnobs().m_cadence
+CADENCE = AnchorSection().m_cadence
 SETTLE = CADENCE - SETTLING
 OFF = "off"
 # With identity links a correction would be zero, so the links compress as those of examples/tiny do.
@@ -75,7 +75,9 @@ class AnchorSide(SwarmSide):
         used, before = _cpu_s(everyone), -1.0
         while used - before > IDLE_S:
             if time.monotonic() > deadline:
-                raise BenchError(f"side {self.name} is not idle {TURN_LIMIT_S:.0f} s after its turn; logs in {self.out}")
+                raise BenchError(
+                    f"side {self.name} is not idle {TURN_LIMIT_S:.0f} s after its turn; logs in {self.out}"
+                )
             time.sleep(LOOK_S)
             self._check_alive()
             used, before = _cpu_s(everyone), used

@@ -20,6 +20,7 @@ from anchor_node.books import Books
 from anchor_node.calibrator import BasisKeeper, calibration_samples, directions, first_bases
 from anchor_node.checkpoints import Checkpoint, CheckpointError, found, load_bases, resumable
 from anchor_node.live import LiveTable
+from anchor_node.memory import Memory, kept_bases, recall
 from anchor_node.service import AnchorService
 from anchor_node.steering import Steering
 from codec.spec import Direction
@@ -66,21 +67,22 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
     """
     config, out = arguments.config, arguments.out
     manifest, model_path = prepare(config)
-    resume = resumable(out, manifest, arguments.resume_from) if arguments.resume or arguments.resume_from else None
+    memory = recall(out, manifest.digest()) if arguments.resume and not arguments.resume_from else None
+    resume = _checkpoint(arguments, manifest, memory)
     rows = load_rows(config.data.train)  # a row without an answer is refused before anything starts
     if config.data.validation is not None:
         load_rows(config.data.validation)
-    screen = _table(config, manifest, resume.tick if resume else 0)
-    service = AnchorService(manifest, screen, out, resume, Ledger())
+    screen = _table(config, manifest, memory.tick if memory else resume.tick if resume else 0)
+    service = AnchorService(manifest, screen, out, resume, Ledger(), memory)
     # The socket before anything is written: a port in use must not leave a trace in the folder.
     address = await service.server.start(arguments.listen)
     service.address = dialable_here(address)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(_alone(out))
-            if resume is None:
+            if resume is None and memory is None:
                 _refuse_used(out)
-            service.books = Books(out)
+            service.books = Books(out, service.memory)
             _write_run_files(arguments, manifest, model_path)
         except BaseException:
             await service.server.stop()
@@ -91,7 +93,10 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
         reminder = asyncio.create_task(_remind(service))
         try:
             if config.links.kind == "lowrank" and manifest.boundaries:
-                service.keeper = await asyncio.to_thread(keeper_of, manifest, model_path, rows, resume)
+                if memory is None or resume is not None:
+                    service.keeper = await asyncio.to_thread(keeper_of, manifest, model_path, rows, resume)
+                if memory is not None:
+                    service.keeper_at_start, service.keeper = service.keeper, _keeper(manifest, _broadcast(out))
             service.open()
             _announce(out / ADDRESS_FILE, service.address)
             log.info("anchor of run %s (manifest %s) listening on %s", config.run.name, manifest.digest()[:12], address)
@@ -137,8 +142,11 @@ def _alone(out: Path) -> Iterator[None]:
 
 def keeper_of(manifest: Manifest, model_path: Path, rows: list[Row], resume: Checkpoint | None) -> BasisKeeper:
     """The keeper of the bases, with those of a checkpoint or with a version 0 of its own making."""
+    return _keeper(manifest, load_bases(resume) if resume else _calibrate(manifest, model_path, rows))
+
+
+def _keeper(manifest: Manifest, current: BasisSet) -> BasisKeeper:
     links, spec = manifest.config.links, manifest.link()
-    current = load_bases(resume) if resume else _calibrate(manifest, model_path, rows)
     steering = {
         direction: Steering(links.bytes_per_token, links.target_share, spec.columns(direction))
         for direction in directions(spec)
@@ -146,9 +154,22 @@ def keeper_of(manifest: Manifest, model_path: Path, rows: list[Row], resume: Che
     try:
         return BasisKeeper(spec, manifest.boundaries, current, links.fit, links.fit_ridge, steering)
     except BadFrame as error:
-        raise CheckpointError(
-            f"the bases of {resume.name if resume else 'version 0'} cannot be used: {error}"
-        ) from None
+        raise CheckpointError(f"version {current.version} of the bases cannot be used: {error}") from None
+
+
+def _broadcast(out: Path) -> BasisSet:
+    """The bases that the members at work hold or are to hold. Raises CheckpointError."""
+    try:
+        return kept_bases(out)
+    except (OSError, BadFrame) as error:
+        raise CheckpointError(f"{out}: the bases of the run at work cannot be read ({error})") from None
+
+
+def _checkpoint(arguments: ServeArguments, manifest: Manifest, memory: Memory | None) -> Checkpoint | None:
+    """Where a run goes on whose members come anew. A run at work needs none. Raises CheckpointError."""
+    if not (arguments.resume or arguments.resume_from) or memory is not None and not found(arguments.out):
+        return None
+    return resumable(arguments.out, manifest, arguments.resume_from)
 
 
 def _table(config: RunConfig, manifest: Manifest, first_tick: int) -> LiveTable:

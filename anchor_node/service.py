@@ -9,15 +9,18 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from anchor_node.absences import GRACE_S, Absences
 from anchor_node.books import Books
 from anchor_node.calibrator import BasisKeeper, part_for_stage
-from anchor_node.checkpoints import Checkpoint, complete, set_later_aside
+from anchor_node.checkpoints import Checkpoint, complete, found, set_later_aside
+from anchor_node.memory import Memory, keep_bases
 from anchor_node.roster import Member, Roster
 from swarm_core.manifest import Manifest
-from swarm_core.wire.errors import BadFrame, PeerLost, Refused
+from swarm_core.wire.errors import BadFrame, PeerLost, Refused, StageTaken
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
+    Booked,
     FrameKind,
     Hello,
     Ready,
@@ -46,6 +49,8 @@ class Screen(Protocol):
 
 
 EVALUATION = "evaluation"
+AWAY = "went away"
+LEAVE_S = 10.0  # for everybody to leave, once they have been told to
 
 
 class AnchorService:
@@ -63,25 +68,34 @@ class AnchorService:
         out: Path,
         resume: Checkpoint | None,
         ledger: Ledger,
+        memory: Memory | None = None,
     ) -> None:
+        """`memory`: the run that an anchor before this one has left at work. Its members may come back, or all anew."""
         self.manifest = manifest
         self.digest = manifest.digest()
-        self.roster = Roster(manifest.stages, self.digest, manifest.model_fingerprint)
+        known = {int(member) for member in memory.booked} if memory is not None else None
+        self.memory = memory or Memory()
+        self.roster = Roster(manifest.stages, self.digest, manifest.model_fingerprint, known)
+        self.roster.epoch = self.memory.epoch
         self.screen, self.out, self.resume, self.ledger = screen, out, resume, ledger
         self.keeper: BasisKeeper | None = None
+        self.keeper_at_start: BasisKeeper | None = None  # in place of it, when the members of a run at work come anew
         self.address = "HOST:PORT"  # where a sampler on this machine dials in
-        self.tick = resume.tick if resume else 0
+        self.tick = max(resume.tick if resume else 0, self.memory.tick)
         self._open = asyncio.Event()
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.server = Server("Anchor", {"Attend": self._attend, "Sample": self._sample}, ledger)
         self._stages: dict[int, Outbox] = {}
-        self._samplers: list[Outbox] = []
+        self._samplers: dict[int, Outbox] = {}  # by the number that each drew for itself
+        self._unstarted: set[int] = set()  # samplers that wait for START
+        self._newest = 0  # tick of the newest report of any stage: it moves while the run does
+        self._absent = Absences(lambda: self._newest)
+        self._ledgered: dict[int, int] = {}  # stage -> the tick up to which its ledger rows have come
         self._owed: set[str] | None = None  # what the run still owes once it has finished: a checkpoint, an evaluation
-        self._evaluated = -1  # the weights that a sampler has last answered an evaluation for
-        self._complete: set[str] = {resume.name} if resume else set()
+        self._complete = {checkpoint.name for checkpoint in found(out)} if memory is not None else set()
         self._reason = "stopped before it began"
         self._draining = False
-        self._failure = ""  # what a stage said of its end, since the start
+        self._failure = self._lost = ""  # what a stage said of its end, since the start: its own fault, or a neighbour
         self._gone = asyncio.Condition()
 
     @property
@@ -97,18 +111,22 @@ class AnchorService:
     async def _attend(self, stream: FrameStream) -> None:
         hello = from_bytes(Hello, (await stream.expect(FrameKind.HELLO)).payload)
         await self._open.wait()
+        if not hello.at_work and self.roster.known is not None and self.resume is None and not self.roster.at_work:
+            raise StageTaken(f"stage {hello.stage} comes anew, but there is no complete checkpoint to begin from")
         member = self.roster.join(hello)
         stage = member.stage
         stream.name(f"anchor-stage{stage}", "down", LIMITS)
         stream.peer = f"stage {stage} at {hello.address}"
-        log.info("stage %d joined from %s", stage, hello.address)
+        log.info("stage %d %s from %s", stage, "is back" if hello.at_work else "joined", hello.address)
         async with self._outbox(stream) as box:
             self._stages[stage] = box
-            self._post(box, FrameKind.WELCOME, self._welcome())
-            why = "went away"
+            self._post(box, FrameKind.WELCOME, self._welcome(hello))
+            if hello.at_work:
+                self._back(hello, box)
+            why = AWAY
             try:
                 while (frame := await stream.receive()) is not None:
-                    self._from_stage(member, frame)
+                    self._from_stage(member, box, frame)
             except Refused as error:
                 why = f"was refused: {error}"
                 raise
@@ -118,12 +136,58 @@ class AnchorService:
                 self._fail(error)  # ours, not the stage's: a full disk, a bug
                 raise
             finally:
-                self.roster.leave(member)
-                self._stages.pop(stage, None)
-                if self.roster.started and (self._owed is None or self._owed - {EVALUATION}):
-                    self._fail(PeerLost(self._failure or f"{stream.peer} {why} at tick {self.tick}"))
+                if self._stages.get(stage) is box:  # and no newer stream of the same stage
+                    del self._stages[stage]
+                    self._left(member, why)
                 async with self._gone:
                     self._gone.notify_all()
+
+    def _left(self, member: Member, why: str) -> None:
+        """A stage's stream has ended. At work it may have broken only, unless somebody has said that he fails."""
+        if self.over.done() or not self.roster.started or not (self._owed is None or self._owed - {EVALUATION}):
+            self.roster.leave(member)
+            return
+        member.away = True
+        if self._failure or self._lost or why != AWAY:
+            self._missed(member, why)
+        else:
+            log.warning("the stream to stage %d broke at tick %d; it has %.0f s", member.stage, self.tick, GRACE_S)
+            self._absent.add(member.number, lambda: self._missed(member, why), patient=True)
+
+    def _missed(self, member: Member, why: str) -> None:
+        """The run cannot go on without this stage. Who has said why comes before who is silent, and he before who lost him."""
+        away = [other for other in self.roster.members.values() if other.away and other is not member]
+        silent = [f"stage {other.stage} at {other.address} {AWAY}" for other in away]
+        own = self._lost or f"stage {member.stage} at {member.address} {why}"
+        self._fail(PeerLost(self._failure or f"{'; '.join([*silent, own])} at tick {self.tick}"))
+
+    def _back(self, hello: Hello, box: Outbox) -> None:
+        """A member at work is there again: on a new stream to this anchor, or for the first time after another one."""
+        self._absent.back(hello.member)
+        self.tick, self._newest = max(self.tick, hello.tick), max(self._newest, hello.tick)
+        stage = hello.stage if hello.role == "stage" else None
+        if stage is not None and self.memory.closing:
+            self._end(self.memory.closing)
+        elif stage is not None and self.roster.taken_over():
+            self._carry_on()
+        if self.keeper is not None and hello.basis_version < self.keeper.version:
+            newest = self.keeper.current
+            self._post(box, FrameKind.BASIS, newest if stage is None else part_for_stage(newest, stage))
+        if self.over.done():
+            self._post(box, FrameKind.STOP, Stop(self._reason, now=True))
+        elif self._draining and stage == 0:
+            self._post(box, FrameKind.STOP, Stop("the anchor was asked to end the run"))
+
+    def _carry_on(self) -> None:
+        """All stages of a run that another anchor started have come back."""
+        self.event("carries_on", f"{self.manifest.stages} stages at work, at tick {self.tick}")
+        for number in self.memory.samplers():
+            if number not in self._samplers:
+                self._absent.add(number, lambda number=number: self._without_sampler(number), patient=False)
+        for number in list(self._unstarted):
+            self._start_sampler(number)
+        if self.memory.finished and self._owed is None:
+            self._finish(self.memory.finished)
 
     @contextlib.asynccontextmanager
     async def _outbox(self, stream: FrameStream) -> AsyncIterator[Outbox]:
@@ -136,7 +200,7 @@ class AnchorService:
         finally:
             task.cancel()
 
-    def _from_stage(self, member: Member, frame: Frame) -> None:
+    def _from_stage(self, member: Member, box: Outbox, frame: Frame) -> None:
         match frame.header.kind:
             case FrameKind.READY:
                 ready = from_bytes(Ready, frame.payload)
@@ -148,10 +212,15 @@ class AnchorService:
                     self._start()
             case FrameKind.REPORT:
                 report = from_bytes(Report, frame.payload)
-                if report.words.get("event") == "failed":
-                    # Its neighbours leave with it, and may be the first to be missed.
-                    self._failure = self._failure or report.words["message"]
-                self._note(report)
+                self._newest = max(self._newest, report.tick)
+                match report.words.get("event"):
+                    case "failed":  # its neighbours leave with it, and may be the first to be missed
+                        self._failure = self._failure or report.words["message"]
+                    case "lost":
+                        self._lost = self._lost or report.words["message"]
+                if report.type == "ledger":
+                    self._ledgered[member.stage] = report.tick
+                self._book(member.number, box, report)
             case FrameKind.SKETCH:
                 self._take_sketch(from_bytes(Sketch, frame.payload))
             case FrameKind.SAVED:
@@ -162,16 +231,25 @@ class AnchorService:
                 raise BadFrame(f"stage {member.stage} sent {kind.name}")
 
     def _start(self) -> None:
-        self._failure = ""
+        self._failure = self._lost = ""
+        if self.memory.at_work:  # but those who held it have come anew
+            self.keeper = self.keeper_at_start
+        self.tick, self._complete = 0, set()
         if self.resume is not None:
+            self.tick, self._complete = self.resume.tick, {self.resume.name}
             self.books.cut(self.resume.tick)
             set_later_aside(self.out, self.resume)
+        self.memory.begin(self.digest, self.roster.epoch, self.tick, self.books.started)
+        for member in self.roster.members.values():
+            self.memory.enter(member.number, f"stage {member.stage}")
+        if self.keeper is not None:
+            keep_bases(self.out, self.keeper.current)
         for stage, box in self._stages.items():
             if self.keeper is not None:
                 self._post(box, FrameKind.BASIS, part_for_stage(self.keeper.current, stage))
             self._post(box, FrameKind.START, self._start_message())
-        for box in self._samplers:
-            self._start_sampler(box)
+        for number in list(self._unstarted):
+            self._start_sampler(number)
         self.event("start", f"{self.manifest.stages} stages, at tick {self.tick}")
 
     def _start_message(self) -> Start:
@@ -187,70 +265,117 @@ class AnchorService:
         hello = from_bytes(Hello, (await stream.expect(FrameKind.HELLO)).payload)
         await self._open.wait()
         self.roster.greet(hello, "sampler")
+        number = hello.member
+        if hello.at_work and str(number) not in self.memory.booked:
+            raise StageTaken("this sampler is at work, but for another start of the run: start it again")
         stream.name("anchor-sampler", "down", LIMITS)
         stream.peer = "the sampler"
         async with self._outbox(stream) as box:
-            self._post(box, FrameKind.WELCOME, self._welcome())
-            self._samplers.append(box)  # from now on it is told when the run ends, also while it loads
-            if self.roster.started and not self.roster.missing():
-                self._start_sampler(box)
+            self._post(box, FrameKind.WELCOME, self._welcome(hello))
+            self._samplers[number] = box  # from now on it is told when the run ends, also while it loads
+            if hello.at_work:
+                self.memory.enter(number, "sampler")
+                self._back(hello, box)
+            else:
+                self._unstarted.add(number)
+                if self.roster.started:
+                    self._start_sampler(number)
             try:
                 while (frame := await stream.receive()) is not None:
                     if frame.header.kind is FrameKind.READY:
                         self.event("ready", "a sampler")
                     elif frame.header.kind is FrameKind.REPORT:
-                        self._note(from_bytes(Report, frame.payload))
+                        self._book(number, box, from_bytes(Report, frame.payload))
                     elif frame.header.kind is FrameKind.STOP:
                         self.drain(from_bytes(Stop, frame.payload).reason)
                     else:
                         raise BadFrame(f"a sampler sent {frame.header.kind.name}")
             finally:
-                self._samplers.remove(box)
-                if not self.over.done() and self._owed is None:
-                    self.event("sampler", "a sampler went away; ticks go on while there are rollouts")
-                    self.ask_for_sampler()
-                if not self._samplers:
-                    self._settle(EVALUATION)  # nobody is left to make it
+                if self._samplers.get(number) is box:
+                    del self._samplers[number]
+                    self._unstarted.discard(number)
+                    self._sampler_left(number)
                 async with self._gone:
                     self._gone.notify_all()
 
+    def _sampler_left(self, number: int) -> None:
+        """Its stream has ended: if it only broke, it comes back, and its evaluation with it."""
+        if self.over.done():
+            return
+        if self._owed is None:
+            self.event("sampler", "a sampler went away; ticks go on while there are rollouts")
+        if str(number) in self.memory.roles:
+            self._absent.add(number, lambda: self._without_sampler(number), patient=False)
+        else:
+            self._without_sampler(number)
+
+    def _without_sampler(self, number: int) -> None:
+        """It does not come back."""
+        self.memory.leave(number)
+        self.ask_for_sampler()
+        if not self._sampling:
+            self._settle(EVALUATION)  # nobody is left to make it
+
+    @property
+    def _sampling(self) -> bool:
+        """Whether there is a sampler, or one that may come back."""
+        return bool(self._samplers) or any(number in self._absent for number in self.memory.samplers())
+
     def ask_for_sampler(self) -> None:
         """Say how to go on while the swarm has no sampler; called again and again, as nothing else will happen."""
-        if self.roster.started and not self._samplers and self._owed is None and not self.over.done():
+        if self.roster.started and not self._sampling and self._owed is None and not self.over.done():
             self.event("waiting", f"for a sampler; start: swarm_worker sample --anchor {self.address}")
 
-    def _start_sampler(self, box: Outbox) -> None:
+    def _start_sampler(self, number: int) -> None:
+        box = self._samplers[number]
+        self._unstarted.discard(number)
+        self.memory.enter(number, "sampler")
         if self.keeper is not None:
             self._post(box, FrameKind.BASIS, self.keeper.current)
         self._post(box, FrameKind.START, self._start_message())
 
     # What is reported --------------------------------------------------------------------------------------------------
 
-    def _note(self, report: Report) -> None:
+    def _book(self, member: int, box: Outbox, report: Report) -> None:
+        """Take a report into the books, once, and say so: its sender keeps it until then."""
+        if not report.number or report.number > self.memory.booked.get(str(member), 0):
+            self._note(member, report)
+            self.books.mark()
+        if report.number:
+            self._post(box, FrameKind.BOOKED, Booked(report.number))
+
+    def _note(self, member: int, report: Report) -> None:
+        self.books.ledger(self.ledger.take())
         if report.type == "tick":
             self.tick = max(self.tick, report.tick + 1)
-            self.books.ledger(self.ledger.take())
-            # The previous tick's: a tick's last ledger rows arrive after its metrics.
+            self.memory.tick = self.tick
+            # The previous tick's: a tick's last ledger rows arrive after its metrics, after an outage long after.
             dense, packet = self.books.link_bytes(report.tick - 1)
-            if dense:
+            if dense and all(self._ledgered.get(i, -1) >= report.tick - 1 for i in range(self.manifest.stages)):
                 report.numbers |= {"bytes/links_previous_tick": packet, "bytes/share_of_dense": packet / dense}
         row = self.books.report(report)
+        if report.number:
+            self.memory.booked[str(member)] = report.number  # before anything that marks the books
         if row is None:
             return
         self.screen.bytes_update(self.books.totals)
         self.screen.update(row)
         event = report.words.get("event")
         if event == "finished":
-            self._reason = report.words["message"]
-            self._owed = {report.words["checkpoint"]}  # every stage says so again, once it has applied the end
-            # The sampler's answer has a stream of its own, and may have been faster.
-            if report.words["evaluation"] == "yes" and self._samplers and self._evaluated < report.tick:
-                self._owed.add(EVALUATION)
-            self._settle()
+            self.memory.finished = {**report.words, "tick": str(report.tick)}
+            self._finish(self.memory.finished)
         elif report.type == "eval" or event == "no_evaluation":
-            self._evaluated = report.tick
+            self.memory.evaluated = report.tick
             if report.tick >= self.tick:
                 self._settle(EVALUATION)
+
+    def _finish(self, words: dict[str, str]) -> None:
+        self._reason = words["message"]
+        self._owed = {words["checkpoint"]}  # every stage says so again, once it has applied the end
+        # The sampler's answer has a stream of its own, and may have been faster.
+        if words["evaluation"] == "yes" and self._sampling and self.memory.evaluated < int(words["tick"]):
+            self._owed.add(EVALUATION)
+        self._settle()
 
     def _take_sketch(self, sketch: Sketch) -> None:
         if self.keeper is None:
@@ -258,9 +383,10 @@ class AnchorService:
         new = self.keeper.add(sketch)
         if new is None:
             return
+        keep_bases(self.out, new)
         for stage, box in self._stages.items():
             self._post(box, FrameKind.BASIS, part_for_stage(new, stage))
-        for box in self._samplers:
+        for box in self._samplers.values():
             self._post(box, FrameKind.BASIS, new)
         numbers = {
             f"basis/overlap_{direction.name.lower()}/boundary_{boundary}": value
@@ -293,6 +419,7 @@ class AnchorService:
         """An event row, for the books and the screen."""
         log.info("%s: %s", name, message)
         self.screen.update(self.books.row("event", self.tick, {"event": name, "message": message, **(numbers or {})}))
+        self.books.mark()
 
     # The end -----------------------------------------------------------------------------------------------------------
 
@@ -304,9 +431,8 @@ class AnchorService:
             return
         self._draining = True
         self.event("stop", reason)
-        if not self.roster.started:
-            self._reason = reason
-            self._end()
+        if not self.roster.at_work:
+            self._end(reason)
         elif 0 in self._stages:
             self._post(self._stages[0], FrameKind.STOP, Stop(reason))
 
@@ -315,11 +441,13 @@ class AnchorService:
         if self._owed is not None:
             self._owed.discard(paid)
             if not self._owed:
-                self._end()
+                self._end(self._reason)
 
-    def _end(self) -> None:
+    def _end(self, reason: str) -> None:
         if not self.over.done():
-            self.over.set_result(self._reason)
+            self._reason = self.memory.closing = reason
+            self.books.mark()
+            self.over.set_result(reason)
 
     def _fail(self, error: Exception) -> None:
         if not self.over.done():
@@ -328,21 +456,27 @@ class AnchorService:
 
     async def close(self) -> None:
         """Send everybody home, take their last reports, and close the books."""
-        everyone = [*self._stages.values(), *self._samplers]
+        everyone = [*self._stages.values(), *self._samplers.values()]
         for box in everyone:
             self._post(box, FrameKind.STOP, Stop(self._reason, now=True))
+        if not self.over.done() or self.over.cancelled() or self.over.exception() is not None:
+            self._absent.clear()  # only a run that ends in order waits for whoever is away
         try:
             async with self._gone:
-                everybody_left = self._gone.wait_for(lambda: not self._stages and not self._samplers)
-                await asyncio.wait_for(everybody_left, timeout=10.0)
+                everybody_left = self._gone.wait_for(lambda: not (self._stages or self._samplers or self._absent))
+                await asyncio.wait_for(everybody_left, timeout=GRACE_S if self._absent else LEAVE_S)
         except TimeoutError:
-            log.warning("not everybody left within 10 s: %s", [box.stream.peer for box in everyone])
+            log.warning("not everybody left in time: %s", [box.stream.peer for box in everyone])
         finally:  # also when this is cancelled: a server that was never stopped keeps its process at the exit
+            self._absent.clear()
             await self.server.stop()
             self.books.ledger(self.ledger.take())
+            self.memory.at_work = False
+            self.books.mark()
 
-    def _welcome(self) -> Welcome:
-        return Welcome(self.manifest.to_json(), self.digest, self.roster.epoch)
+    def _welcome(self, hello: Hello) -> Welcome:
+        booked = self.memory.booked.get(str(hello.member), 0)
+        return Welcome(self.manifest.to_json(), self.digest, self.roster.epoch, booked)
 
     def _post(self, box: Outbox, kind: FrameKind, message: Any) -> None:
         box.post(Frame(Header(kind, self._run, self.roster.epoch, self.tick), to_bytes(message)))

@@ -26,6 +26,7 @@ from swarm_worker.journal import Journal
 from swarm_worker.lead import Lead, LeadPlan, LeadState, Stock
 from swarm_worker.sampler.replay import ReplayWriter
 from swarm_worker.schedule import ProtocolError, Stamp
+from swarm_worker.voting import ANCHOR_WAIT
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,8 @@ class StageZero:
         numbers |= self._stats.get(stamp.batch, {})
         for vote in votes:
             numbers |= vote.numbers
+        waits = (value for vote in votes for name, value in vote.numbers.items() if name.startswith(ANCHOR_WAIT))
+        numbers[ANCHOR_WAIT] = sum(waits, 0.0)
         if POISONED in numbers:  # zeros travelled on from there, so what other stages compared means nothing
             numbers = {n: value for n, value in numbers.items() if n == POISONED or not n.startswith(PREFIX)}
         words = {"outcome": Outcome(decide.outcome).name.lower(), "skip_reason": decide.reason}

@@ -8,7 +8,6 @@ Joining and starting are in stage_process.py; what stage 0 decides is in stage_z
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Coroutine
@@ -40,6 +39,7 @@ from swarm_core.wire.outbox import Outbox
 from swarm_core.wire.rollouts import batch_data, read_batch, read_rollouts
 from swarm_core.wire.streams import FrameStream
 from swarm_worker.admission import Admission
+from swarm_worker.anchor_link import AnchorLink, Standing
 from swarm_worker.compute import Packet
 from swarm_worker.compute_thread import Applied, ComputeThread
 from swarm_worker.headers import Position, header_of, key
@@ -65,10 +65,11 @@ from swarm_worker.schedule import (
 )
 from swarm_worker.service import StageService
 from swarm_worker.stage_zero import StageZero
-from swarm_worker.voting import Ballot
+from swarm_worker.voting import ANCHOR_WAIT, Ballot
 
 log = logging.getLogger(__name__)
-FLUSH_S = 10.0  # for the last report
+LEAVE_S = 60.0  # for the last report, once the anchor has said that the run is over; a restart takes seconds
+END_WAIT_S = 600.0  # for an anchor that is away when the run ends: without it the last checkpoint is not complete
 WATCH_S = 30.0  # a tick of a large model over a slow link can take this long; nothing is decided by it
 
 
@@ -83,6 +84,8 @@ class StageWorker:
         below: FrameStream | None,
         zero: StageZero | None,
     ) -> None:
+        keep = membership.manifest.config.checkpoint.keep
+        self.anchor = AnchorLink(membership, self._standing, keep)
         self.manifest, self.run_id = membership.manifest, membership.run
         self.work = work
         self.span = work.compute.span
@@ -95,7 +98,6 @@ class StageWorker:
         self.admission = Admission(
             self.span.stage, self.run_id, self.manifest.link(), links, work.position, compute.batches
         )
-        self.anchor = Outbox(membership.anchor)
         self.above: Outbox | None = None
         self.below = Outbox(below) if below is not None else None
         # Activations received but not yet computed on; beyond it the reader stops, and with it the sender's window.
@@ -134,6 +136,7 @@ class StageWorker:
     async def run(self) -> str:
         """Work until STOP; returns its reason. Raises what broke."""
         self.spawn(self.anchor.run())
+        self.spawn(self.read_anchor())
         self.spawn(self.watch())
         if self.below is not None:
             self.below.stream.bound(partial(self.admission.largest, Direction.BACKWARD))
@@ -143,10 +146,12 @@ class StageWorker:
         try:
             reason = await self.over
             self.anchor.post_report(Report(type="ledger", tick=self.position.tick))
-            with contextlib.suppress(TimeoutError):  # the anchor may be gone before it has read everything
-                async with asyncio.timeout(FLUSH_S):
-                    await self.anchor.flush()
+            if not await self.anchor.leave(LEAVE_S):
+                log.warning("stage %d leaves before the anchor has booked its last report", self.span.stage)
             return reason
+        except Exception as error:
+            await self.anchor.last_words(f"stage {self.span.stage}", error)
+            raise
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -235,9 +240,9 @@ class StageWorker:
             case kind:
                 raise BadFrame(f"stage {self.span.stage + 1} sent {kind.name} up the link")
 
-    async def read_anchor(self, stream: FrameStream) -> None:
+    async def read_anchor(self) -> None:
         """Bases and the end of the run come from the anchor; no tick waits for either."""
-        while (frame := await stream.receive()) is not None:
+        while (frame := await self.anchor.receive()) is not None:
             match frame.header.kind:
                 case FrameKind.BASIS:
                     message = from_bytes(BasisSet, frame.payload)
@@ -246,15 +251,27 @@ class StageWorker:
                     self.work.deliver(partial(self.work.compute.add_bases, message.version, bases))
                 case FrameKind.STOP:
                     stop = from_bytes(Stop, frame.payload)
-                    self._stop(stop)
+                    self.stop(stop)
                     if stop.now:
-                        return  # the last report is still to be sent: cancelling a read would end the stream
+                        return
                 case kind:
                     raise BadFrame(f"the anchor sent {kind.name}")
-        if not self.over.done():
-            self.fail(PeerLost(f"the anchor closed its stream at tick {self.position.tick}"))
 
-    def _stop(self, stop: Stop) -> None:
+    def _standing(self) -> Standing:
+        return Standing(self.position.epoch, self.position.tick, self.work.compute.newest_basis)
+
+    async def _await_end(self) -> None:
+        """The last decision is applied. Only the anchor can say that the books and the last checkpoint are complete."""
+        if self.anchor.away_since is not None:
+            log.warning("stage %d has finished and waits for the anchor, up to %.0f s", self.span.stage, END_WAIT_S)
+        await self.anchor.away_for(END_WAIT_S)
+        raise PeerLost(
+            f"the run has finished at tick {self.position.tick}, but the anchor at {self.anchor.address} was away for "
+            f"{END_WAIT_S:.0f} s: its books and its newest checkpoint lack what this stage still had to tell"
+        )
+
+    def stop(self, stop: Stop) -> None:
+        """Leave now, or (stage 0) end the run after the tick under way."""
         if stop.now:
             if not self.over.done():
                 self.over.set_result(stop.reason)
@@ -313,6 +330,8 @@ class StageWorker:
 
     async def _applied(self, stamp: Stamp, decide: Decide, done: Applied) -> None:
         self._finished = decide.stop
+        if decide.stop:
+            self.spawn(self._await_end())
         tick = done.position.tick
         if decide.end_of_batch:
             self.admission.ended(stamp.batch)
@@ -339,6 +358,7 @@ class StageWorker:
     def _cast_vote(self, stamp: Stamp) -> None:
         busy_s, self.work.busy_s = self.work.busy_s, 0.0
         vote = self._ballot.cast(self.work.compute.newest_basis, busy_s)
+        vote.votes[0].numbers[f"{ANCHOR_WAIT}/stage_{self.span.stage}"] = self.anchor.take_wait_s()
         if self.zero is None:
             assert self.above is not None
             header = header_of(FrameKind.VOTE, self.run_id, stamp, self.span.stage - 1)
@@ -418,4 +438,4 @@ class StageWorker:
             self.below.post(Frame(header, frame.payload))
 
     def _report(self, report: Report) -> None:
-        self.anchor.post(Frame(Header(FrameKind.REPORT, self.run_id, tick=report.tick), to_bytes(report)))
+        self.anchor.post_report(report)

@@ -137,6 +137,17 @@ class BasisKeeper:
         """The newest version, as everybody holds it."""
         return self._held[self.version]
 
+    def measures(self) -> dict[str, float]:
+        """Of the newest version, for the row of its event."""
+        numbers: dict[str, float] = {}
+        for key, basis in self.bases.items():
+            name = f"{key[1].name.lower()}/boundary_{key[0]}"
+            numbers |= {f"basis/rank_{name}": basis.rank, f"basis/step_{name}": basis.step}
+            for what, of in (("overlap", self.overlap), ("fit", self.share)):
+                if key in of:
+                    numbers[f"basis/{what}_{name}"] = of[key]
+        return numbers
+
     def add(self, sketch: Sketch) -> BasisSet | None:
         """Take one sketch; the new basis set when it was the last one missing. Raises BadFrame.
 

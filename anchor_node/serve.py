@@ -119,7 +119,7 @@ def _refuse_used(out: Path) -> None:
 async def _remind(service: AnchorService) -> None:
     while True:
         await asyncio.sleep(REMIND_S)
-        service.ask_for_sampler()
+        service.samplers.ask()
 
 
 def _announce(file: Path, address: str) -> None:

@@ -15,6 +15,7 @@ from anchor_node.calibrator import BasisKeeper, part_for_stage
 from anchor_node.checkpoints import Checkpoint, complete, found, set_later_aside
 from anchor_node.memory import Memory, keep_bases
 from anchor_node.roster import Member, Roster
+from anchor_node.samplers import EVALUATION, Samplers
 from swarm_core.manifest import Manifest
 from swarm_core.wire.errors import BadFrame, PeerLost, Refused, StageTaken
 from swarm_core.wire.frames import Frame, Header, run_id
@@ -48,7 +49,6 @@ class Screen(Protocol):
     def bytes_update(self, totals: dict[str, list[int]]) -> None: ...
 
 
-EVALUATION = "evaluation"
 AWAY = "went away"
 LEAVE_S = 10.0  # for everybody to leave, once they have been told to
 
@@ -86,12 +86,11 @@ class AnchorService:
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.server = Server("Anchor", {"Attend": self._attend, "Sample": self._sample}, ledger)
         self._stages: dict[int, Outbox] = {}
-        self._samplers: dict[int, Outbox] = {}  # by the number that each drew for itself
-        self._unstarted: set[int] = set()  # samplers that wait for START
         self._newest = 0  # tick of the newest report of any stage: it moves while the run does
-        self._absent = Absences(lambda: self._newest)
+        self.absent = Absences(lambda: self._newest)
+        self.samplers = Samplers(self)
         self._ledgered: dict[int, int] = {}  # stage -> the tick up to which its ledger rows have come
-        self._owed: set[str] | None = None  # what the run still owes once it has finished: a checkpoint, an evaluation
+        self.owed: set[str] | None = None  # what the run still owes once it has finished: a checkpoint, an evaluation
         self._complete = {checkpoint.name for checkpoint in found(out)} if memory is not None else set()
         self._reason = "stopped before it began"
         self._draining = False
@@ -118,11 +117,11 @@ class AnchorService:
         stream.name(f"anchor-stage{stage}", "down", LIMITS)
         stream.peer = f"stage {stage} at {hello.address}"
         log.info("stage %d %s from %s", stage, "is back" if hello.at_work else "joined", hello.address)
-        async with self._outbox(stream) as box:
+        async with self.outbox(stream) as box:
             self._stages[stage] = box
-            self._post(box, FrameKind.WELCOME, self._welcome(hello))
+            self.post(box, FrameKind.WELCOME, self.welcome(hello))
             if hello.at_work:
-                self._back(hello, box)
+                self.back(hello, box)
             why = AWAY
             try:
                 while (frame := await stream.receive()) is not None:
@@ -142,9 +141,18 @@ class AnchorService:
                 async with self._gone:
                     self._gone.notify_all()
 
+    async def _sample(self, stream: FrameStream) -> None:
+        hello = from_bytes(Hello, (await stream.expect(FrameKind.HELLO)).payload)
+        await self._open.wait()
+        try:
+            await self.samplers.attend(stream, hello)
+        finally:
+            async with self._gone:
+                self._gone.notify_all()
+
     def _left(self, member: Member, why: str) -> None:
         """A stage's stream has ended. At work it may have broken only, unless somebody has said that he fails."""
-        if self.over.done() or not self.roster.started or not (self._owed is None or self._owed - {EVALUATION}):
+        if self.over.done() or not self.roster.started or not (self.owed is None or self.owed - {EVALUATION}):
             self.roster.leave(member)
             return
         member.away = True
@@ -152,7 +160,7 @@ class AnchorService:
             self._missed(member, why)
         else:
             log.warning("the stream to stage %d broke at tick %d; it has %.0f s", member.stage, self.tick, GRACE_S)
-            self._absent.add(member.number, lambda: self._missed(member, why), patient=True)
+            self.absent.add(member.number, lambda: self._missed(member, why), patient=True)
 
     def _missed(self, member: Member, why: str) -> None:
         """The run cannot go on without this stage. Who has said why comes before who is silent, and he before who lost him."""
@@ -161,9 +169,9 @@ class AnchorService:
         own = self._lost or f"stage {member.stage} at {member.address} {why}"
         self._fail(PeerLost(self._failure or f"{'; '.join([*silent, own])} at tick {self.tick}"))
 
-    def _back(self, hello: Hello, box: Outbox) -> None:
+    def back(self, hello: Hello, box: Outbox) -> None:
         """A member at work is there again: on a new stream to this anchor, or for the first time after another one."""
-        self._absent.back(hello.member)
+        self.absent.back(hello.member)
         self.tick, self._newest = max(self.tick, hello.tick), max(self._newest, hello.tick)
         stage = hello.stage if hello.role == "stage" else None
         if stage is not None and self.memory.closing:
@@ -172,25 +180,21 @@ class AnchorService:
             self._carry_on()
         if self.keeper is not None and hello.basis_version < self.keeper.version:
             newest = self.keeper.current
-            self._post(box, FrameKind.BASIS, newest if stage is None else part_for_stage(newest, stage))
+            self.post(box, FrameKind.BASIS, newest if stage is None else part_for_stage(newest, stage))
         if self.over.done():
-            self._post(box, FrameKind.STOP, Stop(self._reason, now=True))
+            self.post(box, FrameKind.STOP, Stop(self._reason, now=True))
         elif self._draining and stage == 0:
-            self._post(box, FrameKind.STOP, Stop("the anchor was asked to end the run"))
+            self.post(box, FrameKind.STOP, Stop("the anchor was asked to end the run"))
 
     def _carry_on(self) -> None:
         """All stages of a run that another anchor started have come back."""
         self.event("carries_on", f"{self.manifest.stages} stages at work, at tick {self.tick}")
-        for number in self.memory.samplers():
-            if number not in self._samplers:
-                self._absent.add(number, lambda number=number: self._without_sampler(number), patient=False)
-        for number in list(self._unstarted):
-            self._start_sampler(number)
-        if self.memory.finished and self._owed is None:
+        self.samplers.carry_on()
+        if self.memory.finished and self.owed is None:
             self._finish(self.memory.finished)
 
     @contextlib.asynccontextmanager
-    async def _outbox(self, stream: FrameStream) -> AsyncIterator[Outbox]:
+    async def outbox(self, stream: FrameStream) -> AsyncIterator[Outbox]:
         """A queue of the member's own: a slow or dead one must not hold up the others."""
         box = Outbox(stream)
         task = asyncio.create_task(box.run())
@@ -220,7 +224,7 @@ class AnchorService:
                         self._lost = self._lost or report.words["message"]
                 if report.type == "ledger":
                     self._ledgered[member.stage] = report.tick
-                self._book(member.number, box, report)
+                self.book(member.number, box, report)
             case FrameKind.SKETCH:
                 self._take_sketch(from_bytes(Sketch, frame.payload))
             case FrameKind.SAVED:
@@ -246,103 +250,27 @@ class AnchorService:
             keep_bases(self.out, self.keeper.current)
         for stage, box in self._stages.items():
             if self.keeper is not None:
-                self._post(box, FrameKind.BASIS, part_for_stage(self.keeper.current, stage))
-            self._post(box, FrameKind.START, self._start_message())
-        for number in list(self._unstarted):
-            self._start_sampler(number)
+                self.post(box, FrameKind.BASIS, part_for_stage(self.keeper.current, stage))
+            self.post(box, FrameKind.START, self.start_message())
+        self.samplers.start()
         self.event("start", f"{self.manifest.stages} stages, at tick {self.tick}")
 
-    def _start_message(self) -> Start:
+    def start_message(self) -> Start:
         start = Start(epoch=self.roster.epoch, stage_addresses=self.roster.addresses())
         if self.resume is not None:
             start.checkpoint = self.resume.name
             start.shard_digests = {stage: saved.digest for stage, saved in self.resume.shards.items()}
         return start
 
-    # Samplers ----------------------------------------------------------------------------------------------------------
-
-    async def _sample(self, stream: FrameStream) -> None:
-        hello = from_bytes(Hello, (await stream.expect(FrameKind.HELLO)).payload)
-        await self._open.wait()
-        self.roster.greet(hello, "sampler")
-        number = hello.member
-        if hello.at_work and str(number) not in self.memory.booked:
-            raise StageTaken("this sampler is at work, but for another start of the run: start it again")
-        stream.name("anchor-sampler", "down", LIMITS)
-        stream.peer = "the sampler"
-        async with self._outbox(stream) as box:
-            self._post(box, FrameKind.WELCOME, self._welcome(hello))
-            self._samplers[number] = box  # from now on it is told when the run ends, also while it loads
-            if hello.at_work:
-                self.memory.enter(number, "sampler")
-                self._back(hello, box)
-            else:
-                self._unstarted.add(number)
-                if self.roster.started:
-                    self._start_sampler(number)
-            try:
-                while (frame := await stream.receive()) is not None:
-                    if frame.header.kind is FrameKind.READY:
-                        self.event("ready", "a sampler")
-                    elif frame.header.kind is FrameKind.REPORT:
-                        self._book(number, box, from_bytes(Report, frame.payload))
-                    elif frame.header.kind is FrameKind.STOP:
-                        self.drain(from_bytes(Stop, frame.payload).reason)
-                    else:
-                        raise BadFrame(f"a sampler sent {frame.header.kind.name}")
-            finally:
-                if self._samplers.get(number) is box:
-                    del self._samplers[number]
-                    self._unstarted.discard(number)
-                    self._sampler_left(number)
-                async with self._gone:
-                    self._gone.notify_all()
-
-    def _sampler_left(self, number: int) -> None:
-        """Its stream has ended: if it only broke, it comes back, and its evaluation with it."""
-        if self.over.done():
-            return
-        if self._owed is None:
-            self.event("sampler", "a sampler went away; ticks go on while there are rollouts")
-        if str(number) in self.memory.roles:
-            self._absent.add(number, lambda: self._without_sampler(number), patient=False)
-        else:
-            self._without_sampler(number)
-
-    def _without_sampler(self, number: int) -> None:
-        """It does not come back."""
-        self.memory.leave(number)
-        self.ask_for_sampler()
-        if not self._sampling:
-            self._settle(EVALUATION)  # nobody is left to make it
-
-    @property
-    def _sampling(self) -> bool:
-        """Whether there is a sampler, or one that may come back."""
-        return bool(self._samplers) or any(number in self._absent for number in self.memory.samplers())
-
-    def ask_for_sampler(self) -> None:
-        """Say how to go on while the swarm has no sampler; called again and again, as nothing else will happen."""
-        if self.roster.started and not self._sampling and self._owed is None and not self.over.done():
-            self.event("waiting", f"for a sampler; start: swarm_worker sample --anchor {self.address}")
-
-    def _start_sampler(self, number: int) -> None:
-        box = self._samplers[number]
-        self._unstarted.discard(number)
-        self.memory.enter(number, "sampler")
-        if self.keeper is not None:
-            self._post(box, FrameKind.BASIS, self.keeper.current)
-        self._post(box, FrameKind.START, self._start_message())
-
     # What is reported --------------------------------------------------------------------------------------------------
 
-    def _book(self, member: int, box: Outbox, report: Report) -> None:
+    def book(self, member: int, box: Outbox, report: Report) -> None:
         """Take a report into the books, once, and say so: its sender keeps it until then."""
         if not report.number or report.number > self.memory.booked.get(str(member), 0):
             self._note(member, report)
             self.books.mark()
         if report.number:
-            self._post(box, FrameKind.BOOKED, Booked(report.number))
+            self.post(box, FrameKind.BOOKED, Booked(report.number))
 
     def _note(self, member: int, report: Report) -> None:
         self.books.ledger(self.ledger.take())
@@ -367,15 +295,15 @@ class AnchorService:
         elif report.type == "eval" or event == "no_evaluation":
             self.memory.evaluated = report.tick
             if report.tick >= self.tick:
-                self._settle(EVALUATION)
+                self.settle(EVALUATION)
 
     def _finish(self, words: dict[str, str]) -> None:
         self._reason = words["message"]
-        self._owed = {words["checkpoint"]}  # every stage says so again, once it has applied the end
+        self.owed = {words["checkpoint"]}  # every stage says so again, once it has applied the end
         # The sampler's answer has a stream of its own, and may have been faster.
-        if words["evaluation"] == "yes" and self._sampling and self.memory.evaluated < int(words["tick"]):
-            self._owed.add(EVALUATION)
-        self._settle()
+        if words["evaluation"] == "yes" and self.samplers.expected and self.memory.evaluated < int(words["tick"]):
+            self.owed.add(EVALUATION)
+        self.settle()
 
     def _take_sketch(self, sketch: Sketch) -> None:
         if self.keeper is None:
@@ -385,20 +313,12 @@ class AnchorService:
             return
         keep_bases(self.out, new)
         for stage, box in self._stages.items():
-            self._post(box, FrameKind.BASIS, part_for_stage(new, stage))
-        for box in self._samplers.values():
-            self._post(box, FrameKind.BASIS, new)
-        numbers = {
-            f"basis/overlap_{direction.name.lower()}/boundary_{boundary}": value
-            for (boundary, direction), value in self.keeper.overlap.items()
-        }
-        lowest = min(numbers.values())
-        for (boundary, direction), basis in self.keeper.bases.items():
-            name = f"{direction.name.lower()}/boundary_{boundary}"
-            numbers |= {f"basis/rank_{name}": basis.rank, f"basis/step_{name}": basis.step}
-        for (boundary, direction), share in self.keeper.share.items():
-            numbers[f"basis/fit_{direction.name.lower()}/boundary_{boundary}"] = share
-        self.event("basis", f"version {new.version}, overlap with the last one >= {lowest:.3f}", numbers)
+            self.post(box, FrameKind.BASIS, part_for_stage(new, stage))
+        for box in self.samplers.boxes.values():
+            self.post(box, FrameKind.BASIS, new)
+        lowest = min(self.keeper.overlap.values())
+        text = f"version {new.version}, overlap with the last one >= {lowest:.3f}"
+        self.event("basis", text, self.keeper.measures())
         for (boundary, direction), decision in self.keeper.decisions.items():
             if decision.why:
                 self.event("steering", f"boundary {boundary} {direction.name.lower()}: {decision.why}")
@@ -413,7 +333,7 @@ class AnchorService:
             made = complete(self.out, saved.checkpoint, self.digest, shards, keep, bases)
             self._complete.add(saved.checkpoint)
             self.event("checkpoint", f"{made.name}, {sum(s.bytes for s in shards.values()) / 1e6:.1f} MB")
-        self._settle(saved.checkpoint)
+        self.settle(saved.checkpoint)
 
     def event(self, name: str, message: str, numbers: dict[str, float] | None = None) -> None:
         """An event row, for the books and the screen."""
@@ -425,8 +345,8 @@ class AnchorService:
 
     def drain(self, reason: str) -> None:
         """Ask stage 0 to stop after its tick, with a checkpoint. Before the start there is nothing to save."""
-        if self._owed is not None:
-            self._settle(EVALUATION)  # the run has finished; only its last evaluation can be left out
+        if self.owed is not None:
+            self.settle(EVALUATION)  # the run has finished; only its last evaluation can be left out
         if self._draining:
             return
         self._draining = True
@@ -434,13 +354,13 @@ class AnchorService:
         if not self.roster.at_work:
             self._end(reason)
         elif 0 in self._stages:
-            self._post(self._stages[0], FrameKind.STOP, Stop(reason))
+            self.post(self._stages[0], FrameKind.STOP, Stop(reason))
 
-    def _settle(self, paid: str = "") -> None:
+    def settle(self, paid: str = "") -> None:
         """Once the run has finished and owes nothing more, it is over."""
-        if self._owed is not None:
-            self._owed.discard(paid)
-            if not self._owed:
+        if self.owed is not None:
+            self.owed.discard(paid)
+            if not self.owed:
                 self._end(self._reason)
 
     def _end(self, reason: str) -> None:
@@ -456,27 +376,27 @@ class AnchorService:
 
     async def close(self) -> None:
         """Send everybody home, take their last reports, and close the books."""
-        everyone = [*self._stages.values(), *self._samplers.values()]
+        everyone = [*self._stages.values(), *self.samplers.boxes.values()]
         for box in everyone:
-            self._post(box, FrameKind.STOP, Stop(self._reason, now=True))
+            self.post(box, FrameKind.STOP, Stop(self._reason, now=True))
         if not self.over.done() or self.over.cancelled() or self.over.exception() is not None:
-            self._absent.clear()  # only a run that ends in order waits for whoever is away
+            self.absent.clear()  # only a run that ends in order waits for whoever is away
         try:
             async with self._gone:
-                everybody_left = self._gone.wait_for(lambda: not (self._stages or self._samplers or self._absent))
-                await asyncio.wait_for(everybody_left, timeout=GRACE_S if self._absent else LEAVE_S)
+                everybody_left = self._gone.wait_for(lambda: not (self._stages or self.samplers.boxes or self.absent))
+                await asyncio.wait_for(everybody_left, timeout=GRACE_S if self.absent else LEAVE_S)
         except TimeoutError:
             log.warning("not everybody left in time: %s", [box.stream.peer for box in everyone])
         finally:  # also when this is cancelled: a server that was never stopped keeps its process at the exit
-            self._absent.clear()
+            self.absent.clear()
             await self.server.stop()
             self.books.ledger(self.ledger.take())
             self.memory.at_work = False
             self.books.mark()
 
-    def _welcome(self, hello: Hello) -> Welcome:
+    def welcome(self, hello: Hello) -> Welcome:
         booked = self.memory.booked.get(str(hello.member), 0)
         return Welcome(self.manifest.to_json(), self.digest, self.roster.epoch, booked)
 
-    def _post(self, box: Outbox, kind: FrameKind, message: Any) -> None:
+    def post(self, box: Outbox, kind: FrameKind, message: Any) -> None:
         box.post(Frame(Header(kind, self._run, self.roster.epoch, self.tick), to_bytes(message)))

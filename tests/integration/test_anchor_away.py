@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import csv
 import json
 import os
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,10 +22,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from swarm_core.config import load
+from swarm_core.wire.errors import PeerLost
 from swarm_core.wire.messages import Order
 from swarm_worker import worker as working
-from swarm_worker.anchor_link import AnchorLink
 from swarm_worker.sampler.collect import Collected
 from swarm_worker.sampler.process import SamplerArguments, serve_rollouts
 from swarm_worker.sampler.source import Source
@@ -63,6 +64,40 @@ class Anchor:
         self.process = self._start("--resume")
 
 
+class Proxy:
+    """A TCP proxy in front of an anchor, so that its streams can be cut while both ends live."""
+
+    def __init__(self, target: str) -> None:
+        self._host, port = target.split(":")
+        self._port = int(port)
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def start(self) -> str:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            up_reader, up_writer = await asyncio.open_connection(self._host, self._port)
+        except OSError:
+            writer.close()
+            return
+        self._writers |= {writer, up_writer}
+        await asyncio.gather(self._pump(reader, up_writer), self._pump(up_reader, writer))
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            writer.close()
+        self._writers.clear()
+
+
 class Gate:
     """Holds a batch back until it is opened; what is trained on does not depend on it."""
 
@@ -89,11 +124,14 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def disturbed(anchor: Anchor, during: Callable[[], Awaitable[None]]) -> list[BaseException | None]:
+async def disturbed(
+    anchor: Anchor, during: Callable[[], Awaitable[None]], address: str = ""
+) -> list[BaseException | None]:
     """Stages and a sampler beside this anchor, to their ends; `during` runs once the first ticks are decided."""
-    tasks = [hold_stage(StageArguments(i, anchor.address, out=anchor.out), signals=False) for i in range(STAGES)]
+    address, out = address or anchor.address, anchor.out
+    tasks = [hold_stage(StageArguments(i, address, out=out), signals=False) for i in range(STAGES)]
     members = [asyncio.create_task(work) for work in tasks]
-    members.append(asyncio.create_task(serve_rollouts(SamplerArguments(anchor.address, out=anchor.out), signals=False)))
+    members.append(asyncio.create_task(serve_rollouts(SamplerArguments(address, out=out), signals=False)))
     try:
         await until(lambda: journal(anchor.out) >= 2)
         await during()
@@ -131,6 +169,10 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}:{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
+def events(out: Path, name: str) -> list[str]:
+    return [row["message"] for row in rows(out, "event") if row["event"] == name]
+
+
 def check_books(out: Path) -> None:
     """Every row once, and no tick has waited."""
     assert Counter(row["tick"] for row in rows(out)) == {tick: 1 for tick in range(TICKS)}
@@ -143,25 +185,115 @@ def test_an_anchor_that_is_killed_and_carries_on_changes_nothing(
     recipe: Callable[..., Any], run_swarm: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_file = recipe().run_file(**KNOBS)
-    run_swarm(run_file, tmp_path / "calm")
-    gate, anchor = Gate(monkeypatch, GATE), Anchor(run_file, tmp_path / "run")
+    calm, out = tmp_path / "calm", tmp_path / "run"
+    run_swarm(run_file, calm)
+    gate, anchor = Gate(monkeypatch, GATE), Anchor(run_file, out)
 
     async def during() -> None:
         anchor.kill()
-        at = journal(anchor.out)
-        await until(lambda: journal(anchor.out) == 4 * GATE)  # as far as there are rollouts
-        assert at < 4 * GATE and len(rows(anchor.out)) <= at + 1
+        at = journal(out)
+        await until(lambda: journal(out) == 4 * GATE)  # as far as there are rollouts
+        assert at < 4 * GATE and len(rows(out)) <= at + 1
         anchor.resume()
-        await until(lambda: any(row["event"] == "carries_on" for row in rows(anchor.out, "event")))
+        await until(lambda: events(out, "carries_on"))
         gate.opened.set()
 
-    ends = asyncio.run(disturbed(anchor, during))
-    assert ends == [None] * (STAGES + 1)
+    assert asyncio.run(disturbed(anchor, during)) == [None] * (STAGES + 1)
     assert anchor.process.returncode == 0
-    check_books(tmp_path / "run")
-    assert sums(tmp_path / "run") == sums(tmp_path / "calm")
-    calm, stormy = weights(tmp_path / "calm"), weights(tmp_path / "run")
-    assert calm.keys() == stormy.keys() and all(torch.equal(calm[name], stormy[name]) for name in calm)
-    assert [row["message"] for row in rows(tmp_path / "run", "event") if row["event"] == "carries_on"] == [
-        f"{STAGES} stages at work, at tick {4 * GATE}"
-    ]
+    check_books(out)
+    assert sums(out) == sums(calm)
+    wanted, got = weights(calm), weights(out)
+    assert wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
+    assert events(out, "carries_on") == [f"{STAGES} stages at work, at tick {4 * GATE}"]
+
+
+def test_a_run_that_finishes_without_its_anchor_waits_for_it_and_no_basis_is_numbered_twice(
+    recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    knobs = {**KNOBS, "anchor": {"q_cadence": 2, "calibration_prompts": 1}, "checkpoint": {"every": 0}}
+    out = tmp_path / "run"
+    anchor = Anchor(recipe().run_file(**knobs), out)
+
+    async def during() -> None:
+        await until(lambda: events(out, "basis"))
+        anchor.kill()
+        assert journal(out) < TICKS
+        await until(lambda: journal(out) == TICKS)
+        anchor.resume()
+
+    assert asyncio.run(disturbed(anchor, during)) == [None] * (STAGES + 1)
+    assert anchor.process.returncode == 0 and (out / "report.html").exists()
+    check_books(out)
+    assert weights(out) and events(out, "checkpoint")[-1].startswith(f"tick-{TICKS:08d}")
+    versions = [int(message.split()[1].rstrip(",")) for message in events(out, "basis")]
+    assert versions == list(range(1, len(versions) + 1))
+
+
+def test_a_run_without_its_anchor_ticks_to_its_end_and_says_what_is_missing(
+    recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(working, "END_WAIT_S", 1.0)
+    out = tmp_path / "run"
+    anchor = Anchor(recipe().run_file(**KNOBS), out)
+
+    async def during() -> None:
+        anchor.kill()
+        assert journal(out) < TICKS
+
+    ends = asyncio.run(disturbed(anchor, during))
+    assert journal(out) == TICKS
+    assert all(isinstance(end, PeerLost) for end in ends)
+    told = [str(end) for end in ends if "books" in str(end)]
+    assert told and all(
+        f"finished at tick {TICKS}, but the anchor at {anchor.address} was away" in text for text in told
+    )
+
+
+def test_a_paused_anchor_whose_streams_break_meanwhile_books_every_row_once(
+    recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was on its way when it was paused is still read when it wakes, beside what is sent again on the new streams."""
+    out = tmp_path / "run"
+    gate, anchor = Gate(monkeypatch, GATE), Anchor(recipe().run_file(**KNOBS), out)
+
+    async def run() -> list[BaseException | None]:
+        proxy = Proxy(anchor.address)
+
+        async def during() -> None:
+            anchor.process.send_signal(signal.SIGSTOP)
+            await until(lambda: journal(out) >= 4 * GATE - 2)
+            proxy.cut()
+            await until(lambda: journal(out) == 4 * GATE)
+            booked = len(rows(out))
+            anchor.process.send_signal(signal.SIGCONT)
+            await until(lambda: len(rows(out)) > booked)
+            proxy.cut()  # and once more, with an anchor that is awake
+            gate.opened.set()
+
+        return await disturbed(anchor, during, await proxy.start())
+
+    assert asyncio.run(run()) == [None] * (STAGES + 1)
+    assert anchor.process.returncode == 0
+    check_books(out)
+
+
+def test_an_anchor_slowed_fifty_times_slows_no_tick(recipe: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    anchor = Anchor(recipe().run_file(**KNOBS), out)
+    slow = threading.Event()
+
+    def slowing() -> None:
+        while not slow.wait(0.001):
+            anchor.process.send_signal(signal.SIGSTOP)
+            time.sleep(0.049)
+            anchor.process.send_signal(signal.SIGCONT)
+
+    async def during() -> None:
+        thread = threading.Thread(target=slowing)
+        thread.start()
+        await until(lambda: journal(out) == TICKS)
+        slow.set()
+        thread.join()
+
+    assert asyncio.run(disturbed(anchor, during)) == [None] * (STAGES + 1)
+    check_books(out)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from anchor_node.memory import Memory
 from swarm_core.wire.ledger import COLUMNS
 from swarm_core.wire.messages import LedgerRow, Report
 
@@ -18,21 +20,28 @@ from swarm_core.wire.messages import LedgerRow, Report
 class Books:
     """Writes `metrics.jsonl` and `ledger.csv` of one run and keeps the byte totals the live table shows."""
 
-    def __init__(self, out: Path) -> None:
-        """Open the books of a run folder, new or to be continued. A torn last line is mended."""
+    def __init__(self, out: Path, memory: Memory | None = None) -> None:
+        """Open the books of a run folder, new or to be continued. A torn last line is mended.
+
+        `memory` is that of a run at work: what lies beyond its marks was not acknowledged, and will be sent again.
+        """
         out.mkdir(parents=True, exist_ok=True)
+        self._out, self.memory = out, memory or Memory()
         self._metrics_path, self._ledger_path = out / "metrics.jsonl", out / "ledger.csv"
-        _mend(self._metrics_path)
-        _mend(self._ledger_path)
+        _mend(self._metrics_path, self.memory.metrics_bytes)
+        _mend(self._ledger_path, self.memory.ledger_bytes)
         rows = _whole_rows(self._metrics_path)
-        self.started = time.time() - max((float(row.get("time_s", 0.0)) for row in rows), default=0.0)
+        self._resumed = time.time() - max((float(row.get("time_s", 0.0)) for row in rows), default=0.0)
+        self.started = self.memory.began if self.memory.at_work else self._resumed  # time without an anchor counts
         self._metrics = self._metrics_path.open("a")
         self._ledger_file = self._ledger_path.open("a", newline="")
         self._ledger = csv.writer(self._ledger_file)
         if self._ledger_file.tell() == 0:
             self._ledger.writerow(COLUMNS)
         self.totals: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])  # kind -> dense, packet, message
-        self._link_bytes: dict[int, list[int]] = {}  # tick -> dense and packet bytes of activations and gradients
+        self.totals.update(self.memory.totals)
+        # tick -> dense and packet bytes of activations and gradients
+        self._link_bytes = {int(tick): sums for tick, sums in self.memory.link_bytes.items()}
 
     def cut(self, resume_at: int) -> None:
         """A resumed run starts at this tick: metrics of later ticks belong to a lost future. Bytes stay: they crossed."""
@@ -42,6 +51,7 @@ class Books:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         temporary.rename(self._metrics_path)
         self._metrics = self._metrics_path.open("a")
+        self.started = self._resumed
 
     def link_bytes(self, tick: int) -> tuple[int, int]:
         """(dense, packet) bytes that the links carried in a tick, as far as they are reported; asked once a tick."""
@@ -90,6 +100,14 @@ class Books:
                 sums[1] += row.packet_bytes
         self._ledger_file.flush()
 
+    def mark(self) -> None:
+        """What has been written so far is booked: an anchor that carries on goes on from here."""
+        self.memory.metrics_bytes = os.fstat(self._metrics.fileno()).st_size
+        self.memory.ledger_bytes = os.fstat(self._ledger_file.fileno()).st_size
+        self.memory.totals = dict(self.totals)
+        self.memory.link_bytes = {str(tick): sums for tick, sums in self._link_bytes.items()}
+        self.memory.save(self._out)
+
     def close(self) -> None:
         self._metrics.close()
         self._ledger_file.close()
@@ -114,10 +132,12 @@ def _whole_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _mend(path: Path) -> None:
-    """Drop a last line without its end: it, or its last number, may be cut."""
+def _mend(path: Path, most: int | None) -> None:
+    """Drop what lies beyond `most` bytes, and a last line without its end: it, or its last number, may be cut."""
     if not path.exists():
         return
+    if most is not None and path.stat().st_size > most:
+        os.truncate(path, most)
     data = path.read_bytes()
     if data and not data.endswith(b"\n"):
         with path.open("r+b") as file:

@@ -119,8 +119,9 @@ class Corrector:
         self._wake.set()
 
     def newest(self, stage: int) -> Correction | None:
-        """The newest correction of a stage, for a member that starts or comes back."""
-        return self._store.made(stage)
+        """The newest correction of a stage, for a member that starts or comes back; None where it is too old to merge."""
+        made = self._store.made(stage)
+        return made if made is not None and self._now() - made.tick <= self._k_max else None
 
     def held(self, stage: int) -> int:
         """The newest version of a stage's weights that is here whole."""

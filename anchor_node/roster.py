@@ -16,12 +16,17 @@ class Member:
     address: str
     versions: dict[str, str] = field(default_factory=dict)
     ready: Ready | None = None
+    number: int = 0  # that it drew for itself
+    at_work: bool = False
+    away: bool = False  # its stream broke and it may come back: its place is kept
 
 
 class Roster:
     """Membership of one epoch. A stage has one worker here; replicas come as a list per stage."""
 
-    def __init__(self, stages: int, digest: str, fingerprint: str) -> None:
+    def __init__(self, stages: int, digest: str, fingerprint: str, known: set[int] | None = None) -> None:
+        """`known`: the members that an anchor before this one has left at work, if it has."""
+        self.known = known
         self.stages = stages
         self.digest = digest
         self.fingerprint = fingerprint
@@ -51,16 +56,50 @@ class Roster:
             raise StageOutOfRange(
                 f"stage {hello.stage} does not exist: this run has stages 0 to {self.stages - 1} (run.toml: swarm.stages)"
             )
-        if hello.stage in self.members:
+        held = self.members.get(hello.stage)
+        if held is not None and hello.at_work and 0 < hello.member == held.number:
+            held.away = False  # the same process on a new stream
+            return held
+        if held is not None and not held.away:
             holder = self.members[hello.stage].address
             free = [i for i in range(self.stages) if i not in self.members]
             raise StageTaken(
                 f"stage {hello.stage} is already held by {holder}; "
                 + (f"free: {', '.join(map(str, free))}" if free else "every stage is held")
             )
-        member = Member(hello.stage, hello.address, hello.versions)
+        self._check_company(hello)
+        member = Member(hello.stage, hello.address, hello.versions, number=hello.member, at_work=hello.at_work)
+        if hello.at_work:
+            member.ready = Ready(model_fingerprint=self.fingerprint)
         self.members[hello.stage] = member
         return member
+
+    def _check_company(self, hello: Hello) -> None:
+        """Members at work and members that come anew do not mix: what a dead stage held is lost to this start."""
+        at_work = [member.stage for member in self.members.values() if member.at_work]
+        anew = [member.stage for member in self.members.values() if not member.at_work]
+        if not hello.at_work and (self.started or at_work):
+            raise StageTaken(
+                f"stage {hello.stage} comes anew, but this run is at work: a stage that died cannot rejoin yet. Let the "
+                "other workers end, then start all of them again: the run continues from its newest checkpoint"
+            )
+        if hello.at_work and (self.started or anew or self.known is None or hello.member not in self.known):
+            what = f"stage {anew[0]} has come anew" if anew else "this anchor does not know it"
+            raise StageTaken(
+                f"stage {hello.stage} is at work at tick {hello.tick}, but {what}: a stage that died cannot rejoin yet, and "
+                "only an anchor with --resume and the --out of that run takes up what is at work"
+            )
+
+    def taken_over(self) -> bool:
+        """Whether every stage has come back at work, to an anchor that did not start it; from then on the run goes on."""
+        complete = not self.started and not self.missing() and all(m.at_work for m in self.members.values())
+        self.started = self.started or complete
+        return complete
+
+    @property
+    def at_work(self) -> bool:
+        """Whether somebody here is at work."""
+        return self.started or any(member.at_work for member in self.members.values())
 
     def is_ready(self, member: Member, ready: Ready) -> bool:
         """The worker has loaded its layers. True when the swarm is complete with it. Raises ManifestMismatch."""
@@ -72,6 +111,8 @@ class Roster:
         member.ready = ready
         complete = len(self.members) == self.stages and all(m.ready for m in self.members.values())
         self.started = self.started or complete
+        for other in self.members.values() if complete else ():
+            other.at_work = True
         return complete
 
     def leave(self, member: Member) -> None:

@@ -21,7 +21,7 @@ from anchor_node.calibrator import BasisKeeper, calibration_samples, directions,
 from anchor_node.checkpoints import Checkpoint, CheckpointError, found, load_bases, resumable
 from anchor_node.corrector import Corrector
 from anchor_node.live import LiveTable
-from anchor_node.replay_bases import ReplayBases
+from anchor_node.memory import Memory, kept_bases, recall
 from anchor_node.service import AnchorService
 from anchor_node.steering import Steering
 from codec.spec import Direction
@@ -70,21 +70,22 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
     """
     config, out = arguments.config, arguments.out
     manifest, model_path = prepare(config)
-    resume = resumable(out, manifest, arguments.resume_from) if arguments.resume or arguments.resume_from else None
+    memory = recall(out, manifest.digest()) if arguments.resume and not arguments.resume_from else None
+    resume = _checkpoint(arguments, manifest, memory)
     rows = load_rows(config.data.train)  # a row without an answer is refused before anything starts
     if config.data.validation is not None:
         load_rows(config.data.validation)
-    screen = _table(config, manifest, resume.tick if resume else 0)
-    service = AnchorService(manifest, screen, out, resume, Ledger())
+    screen = _table(config, manifest, memory.tick if memory else resume.tick if resume else 0)
+    service = AnchorService(manifest, screen, out, resume, Ledger(), memory)
     # The socket before anything is written: a port in use must not leave a trace in the folder.
     address = await service.server.start(arguments.listen)
     service.address = dialable_here(address)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(_alone(out))
-            if resume is None:
+            if resume is None and memory is None:
                 _refuse_used(out)
-            service.books = Books(out)
+            service.books = Books(out, service.memory)
             _write_run_files(arguments, manifest, model_path)
         except BaseException:
             await service.server.stop()
@@ -94,15 +95,21 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
         screen.start()
         reminder = asyncio.create_task(_remind(service))
         try:
+            slow = service.slow
             if (fires := manifest.fires(trace_of(config))) is not None:
-                service.corrector = await asyncio.to_thread(corrector_of, service, model_path, fires)
-                replays = asyncio.create_task(service.corrector.run())
-                replays.add_done_callback(service.replays_ended)
+                slow.corrector = await asyncio.to_thread(corrector_of, service, model_path, fires)
+                if memory is not None:
+                    slow.corrector.take_up(None)
+                replays = asyncio.create_task(slow.corrector.run())
+                replays.add_done_callback(slow.ended)
                 stack.callback(replays.cancel)
             if config.links.kind == "lowrank" and manifest.boundaries:
-                service.keeper = await asyncio.to_thread(keeper_of, manifest, model_path, rows, resume)
-                if service.corrector is not None and config.anchor.q_source == "anchor_replay":
-                    service.corrector.refresh = refresh_of(service.keeper, config)
+                keeper = None
+                if memory is None or resume is not None:
+                    keeper = await asyncio.to_thread(keeper_of, manifest, model_path, rows, resume)
+                if memory is not None:
+                    slow.keeper_at_start, keeper = keeper, _keeper(manifest, _broadcast(out))
+                slow.use(keeper)
             service.open()
             _announce(out / ADDRESS_FILE, service.address)
             log.info("anchor of run %s (manifest %s) listening on %s", config.run.name, manifest.digest()[:12], address)
@@ -125,7 +132,7 @@ def _refuse_used(out: Path) -> None:
 async def _remind(service: AnchorService) -> None:
     while True:
         await asyncio.sleep(REMIND_S)
-        service.ask_for_sampler()
+        service.samplers.ask()
 
 
 def _announce(file: Path, address: str) -> None:
@@ -148,8 +155,11 @@ def _alone(out: Path) -> Iterator[None]:
 
 def keeper_of(manifest: Manifest, model_path: Path, rows: list[Row], resume: Checkpoint | None) -> BasisKeeper:
     """The keeper of the bases, with those of a checkpoint or with a version 0 of its own making."""
+    return _keeper(manifest, load_bases(resume) if resume else _calibrate(manifest, model_path, rows))
+
+
+def _keeper(manifest: Manifest, current: BasisSet) -> BasisKeeper:
     links, spec = manifest.config.links, manifest.link()
-    current = load_bases(resume) if resume else _calibrate(manifest, model_path, rows)
     steering = {
         direction: Steering(links.bytes_per_token, links.target_share, spec.columns(direction))
         for direction in directions(spec)
@@ -157,9 +167,22 @@ def keeper_of(manifest: Manifest, model_path: Path, rows: list[Row], resume: Che
     try:
         return BasisKeeper(spec, manifest.boundaries, current, links.fit, links.fit_ridge, steering)
     except BadFrame as error:
-        raise CheckpointError(
-            f"the bases of {resume.name if resume else 'version 0'} cannot be used: {error}"
-        ) from None
+        raise CheckpointError(f"version {current.version} of the bases cannot be used: {error}") from None
+
+
+def _broadcast(out: Path) -> BasisSet:
+    """The bases that the members at work hold or are to hold. Raises CheckpointError."""
+    try:
+        return kept_bases(out)
+    except (OSError, BadFrame) as error:
+        raise CheckpointError(f"{out}: the bases of the run at work cannot be read ({error})") from None
+
+
+def _checkpoint(arguments: ServeArguments, manifest: Manifest, memory: Memory | None) -> Checkpoint | None:
+    """Where a run goes on whose members come anew. A run at work needs none. Raises CheckpointError."""
+    if not (arguments.resume or arguments.resume_from) or memory is not None and not found(arguments.out):
+        return None
+    return resumable(arguments.out, manifest, arguments.resume_from)
 
 
 def corrector_of(service: AnchorService, model_path: Path, fires: FireSchedule) -> Corrector:
@@ -172,18 +195,12 @@ def corrector_of(service: AnchorService, model_path: Path, fires: FireSchedule) 
         service.out,
         torch.device("cuda" if cuda else "cpu"),
         fires,
-        send=service.send_correction,
+        send=service.slow.send_correction,
         event=service.event,
-        adopt=service.adopt_bases,
+        adopt=service.slow.adopt_bases,
         now=lambda: service.tick,
-        bases=lambda version: service.keeper.held(version) if service.keeper is not None else None,
+        bases=lambda version: service.slow.keeper.held(version) if service.slow.keeper is not None else None,
     )
-
-
-def refresh_of(keeper: BasisKeeper, config: RunConfig) -> ReplayBases | None:
-    """What makes the next bases of the replays; None where version 0 stays."""
-    links, cadence = config.links, config.anchor.q_cadence
-    return ReplayBases(keeper, cadence, links.fit, links.fit_ridge, links.outliers) if cadence else None
 
 
 def trace_of(config: RunConfig) -> tuple[int, ...]:

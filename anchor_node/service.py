@@ -5,32 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
+from anchor_node.absences import GRACE_S, Absences
 from anchor_node.books import Books
-from anchor_node.calibrator import BasisKeeper, part_for_stage
-from anchor_node.checkpoints import Checkpoint, complete, set_later_aside
-from anchor_node.corrector import Corrector
+from anchor_node.checkpoints import Checkpoint, complete, found, set_later_aside
+from anchor_node.memory import Memory
 from anchor_node.roster import Member, Roster
-from codec.fit import Fit
+from anchor_node.samplers import EVALUATION, Samplers
+from anchor_node.slow_loop import SlowLoop
 from swarm_core.manifest import Manifest
-from swarm_core.wire.bases import Key
-from swarm_core.wire.errors import BadFrame, PeerLost, Refused
+from swarm_core.wire.errors import BadFrame, PeerLost, Refused, StageTaken
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
-    Correction,
+    Booked,
     FrameKind,
     Hello,
     Ready,
     Report,
     Saved,
-    Sketch,
-    Slice,
-    Snapshot,
     Start,
     Stop,
     Welcome,
@@ -52,13 +48,14 @@ class Screen(Protocol):
     def bytes_update(self, totals: dict[str, list[int]]) -> None: ...
 
 
-EVALUATION = "evaluation"
+AWAY = "went away"
+LEAVE_S = 10.0  # for everybody to leave, once they have been told to
 
 
 class AnchorService:
     """One run, from the first HELLO to STOP. `over` resolves with the reason of the end, or fails with what broke.
 
-    `books` are opened once the server has bound, `keeper` comes with the first bases, both before `open`.
+    `books` are opened once the server has bound, the keeper of `slow` comes with the first bases, both before `open`.
     """
 
     books: Books
@@ -70,28 +67,32 @@ class AnchorService:
         out: Path,
         resume: Checkpoint | None,
         ledger: Ledger,
+        memory: Memory | None = None,
     ) -> None:
+        """`memory`: the run that an anchor before this one has left at work. Its members may come back, or all anew."""
         self.manifest = manifest
         self.digest = manifest.digest()
-        self.roster = Roster(manifest.stages, self.digest, manifest.model_fingerprint)
+        known = {int(member) for member in memory.booked} if memory is not None else None
+        self.memory = memory or Memory()
+        self.roster = Roster(manifest.stages, self.digest, manifest.model_fingerprint, known)
+        self.roster.epoch = self.memory.epoch
         self.screen, self.out, self.resume, self.ledger = screen, out, resume, ledger
-        self.keeper: BasisKeeper | None = None
-        self.corrector: Corrector | None = None
-        self._taking: set[asyncio.Task[None]] = set()  # snapshots whose last part has come
         self.address = "HOST:PORT"  # where a sampler on this machine dials in
-        self.tick = resume.tick if resume else 0
+        self.tick = max(resume.tick if resume else 0, self.memory.tick)
         self._open = asyncio.Event()
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.server = Server("Anchor", {"Attend": self._attend, "Sample": self._sample}, ledger)
-        self._stages: dict[int, Outbox] = {}
-        self._samplers: list[Outbox] = []
-        self._bases_sent: WeakKeyDictionary[Outbox, int] = WeakKeyDictionary()  # the last version posted to a member
-        self._owed: set[str] | None = None  # what the run still owes once it has finished: a checkpoint, an evaluation
-        self._evaluated = -1  # the weights that a sampler has last answered an evaluation for
-        self._complete: set[str] = {resume.name} if resume else set()
+        self.stages: dict[int, Outbox] = {}
+        self.slow = SlowLoop(self)
+        self._newest = 0  # tick of the newest report of any stage: it moves while the run does
+        self.absent = Absences(lambda: self._newest)
+        self.samplers = Samplers(self)
+        self._ledgered: dict[int, int] = {}  # stage -> the tick up to which its ledger rows have come
+        self.owed: set[str] | None = None  # what the run still owes once it has finished: a checkpoint, an evaluation
+        self._complete = {checkpoint.name for checkpoint in found(out)} if memory is not None else set()
         self._reason = "stopped before it began"
         self._draining = False
-        self._failure = ""  # what a stage said of its end, since the start
+        self._failure = self._lost = ""  # what a stage said of its end, since the start: its own fault, or a neighbour
         self._gone = asyncio.Condition()
 
     @property
@@ -107,36 +108,91 @@ class AnchorService:
     async def _attend(self, stream: FrameStream) -> None:
         hello = from_bytes(Hello, (await stream.expect(FrameKind.HELLO)).payload)
         await self._open.wait()
+        if not hello.at_work and self.roster.known is not None and self.resume is None and not self.roster.at_work:
+            raise StageTaken(f"stage {hello.stage} comes anew, but there is no complete checkpoint to begin from")
         member = self.roster.join(hello)
         stage = member.stage
         stream.name(f"anchor-stage{stage}", "down", LIMITS)
         stream.peer = f"stage {stage} at {hello.address}"
-        log.info("stage %d joined from %s", stage, hello.address)
-        async with self._outbox(stream) as box:
-            self._stages[stage] = box
-            self._post(box, FrameKind.WELCOME, self._welcome())
-            why = "went away"
+        log.info("stage %d %s from %s", stage, "is back" if hello.at_work else "joined", hello.address)
+        async with self.outbox(stream) as box:
+            self.stages[stage] = box
+            self.post(box, FrameKind.WELCOME, self.welcome(hello))
+            if hello.at_work:
+                self.back(hello, box)
+            why = AWAY
             try:
                 while (frame := await stream.receive()) is not None:
-                    self._from_stage(member, frame)
+                    self._from_stage(member, box, frame)
             except Refused as error:
                 why = f"was refused: {error}"
                 raise
             except PeerLost:
                 pass
             except Exception as error:
-                self._fail(error)  # ours, not the stage's: a full disk, a bug
+                self.fail(error)  # ours, not the stage's: a full disk, a bug
                 raise
             finally:
-                self.roster.leave(member)
-                self._stages.pop(stage, None)
-                if self.roster.started and (self._owed is None or self._owed - {EVALUATION}):
-                    self._fail(PeerLost(self._failure or f"{stream.peer} {why} at tick {self.tick}"))
+                if self.stages.get(stage) is box:  # and no newer stream of the same stage
+                    del self.stages[stage]
+                    self._left(member, why)
                 async with self._gone:
                     self._gone.notify_all()
 
+    async def _sample(self, stream: FrameStream) -> None:
+        hello = from_bytes(Hello, (await stream.expect(FrameKind.HELLO)).payload)
+        await self._open.wait()
+        try:
+            await self.samplers.attend(stream, hello)
+        finally:
+            async with self._gone:
+                self._gone.notify_all()
+
+    def _left(self, member: Member, why: str) -> None:
+        """A stage's stream has ended. At work it may have broken only, unless somebody has said that he fails."""
+        if self.over.done() or not self.roster.started or not (self.owed is None or self.owed - {EVALUATION}):
+            self.roster.leave(member)
+            return
+        member.away = True
+        if self._failure or self._lost or why != AWAY:
+            self._missed(member, why)
+        else:
+            log.warning("the stream to stage %d broke at tick %d; it has %.0f s", member.stage, self.tick, GRACE_S)
+            self.absent.add(member.number, lambda: self._missed(member, why), patient=True)
+
+    def _missed(self, member: Member, why: str) -> None:
+        """The run cannot go on without this stage. Who has said why comes before who is silent, and he before who lost him."""
+        away = [other for other in self.roster.members.values() if other.away and other is not member]
+        silent = [f"stage {other.stage} at {other.address} {AWAY}" for other in away]
+        own = self._lost or f"stage {member.stage} at {member.address} {why}"
+        self.fail(PeerLost(self._failure or f"{'; '.join([*silent, own])} at tick {self.tick}"))
+
+    def back(self, hello: Hello, box: Outbox) -> None:
+        """A member at work is there again: on a new stream to this anchor, or for the first time after another one."""
+        self.absent.back(hello.member)
+        self.tick, self._newest = max(self.tick, hello.tick), max(self._newest, hello.tick)
+        stage = hello.stage if hello.role == "stage" else None
+        if stage is not None and self.memory.closing:
+            self._end(self.memory.closing)
+        elif stage is not None and self.roster.taken_over():
+            self._carry_on()
+        self.slow.post_bases_beyond(hello.basis_version, box, stage)
+        if stage is not None:
+            self.slow.post_newest(stage)
+        if self.over.done():
+            self.post(box, FrameKind.STOP, Stop(self._reason, now=True))
+        elif self._draining and stage == 0:
+            self.post(box, FrameKind.STOP, Stop("the anchor was asked to end the run"))
+
+    def _carry_on(self) -> None:
+        """All stages of a run that another anchor started have come back."""
+        self.event("carries_on", f"{self.manifest.stages} stages at work, at tick {self.tick}")
+        self.samplers.carry_on()
+        if self.memory.finished and self.owed is None:
+            self._finish(self.memory.finished)
+
     @contextlib.asynccontextmanager
-    async def _outbox(self, stream: FrameStream) -> AsyncIterator[Outbox]:
+    async def outbox(self, stream: FrameStream) -> AsyncIterator[Outbox]:
         """A queue of the member's own: a slow or dead one must not hold up the others."""
         box = Outbox(stream)
         task = asyncio.create_task(box.run())
@@ -146,7 +202,7 @@ class AnchorService:
         finally:
             task.cancel()
 
-    def _from_stage(self, member: Member, frame: Frame) -> None:
+    def _from_stage(self, member: Member, box: Outbox, frame: Frame) -> None:
         match frame.header.kind:
             case FrameKind.READY:
                 ready = from_bytes(Ready, frame.payload)
@@ -158,14 +214,17 @@ class AnchorService:
                     self._start()
             case FrameKind.REPORT:
                 report = from_bytes(Report, frame.payload)
-                if report.words.get("event") == "failed":
-                    # Its neighbours leave with it, and may be the first to be missed.
-                    self._failure = self._failure or report.words["message"]
-                self._note(report)
-            case FrameKind.SKETCH:
-                self._take_sketch(from_bytes(Sketch, frame.payload))
-            case FrameKind.SNAPSHOT | FrameKind.SLICE if self.corrector is not None:
-                self._to_corrector(self.corrector, member.stage, frame)
+                self._newest = max(self._newest, report.tick)
+                match report.words.get("event"):
+                    case "failed":  # its neighbours leave with it, and may be the first to be missed
+                        self._failure = self._failure or report.words["message"]
+                    case "lost":
+                        self._lost = self._lost or report.words["message"]
+                if report.type == "ledger":
+                    self._ledgered[member.stage] = report.tick
+                self.book(member.number, box, report)
+            case FrameKind.SKETCH | FrameKind.SNAPSHOT | FrameKind.SLICE:
+                self.slow.take(member.stage, frame)
             case FrameKind.SAVED:
                 self._take_saved(member.stage, from_bytes(Saved, frame.payload))
             case FrameKind.STOP:
@@ -174,232 +233,147 @@ class AnchorService:
                 raise BadFrame(f"stage {member.stage} sent {kind.name}")
 
     def _start(self) -> None:
-        self._failure = ""
+        self._failure = self._lost = ""
+        self.tick, self._complete = 0, set()
         if self.resume is not None:
+            self.tick, self._complete = self.resume.tick, {self.resume.name}
             self.books.cut(self.resume.tick)
             set_later_aside(self.out, self.resume)
-        if self.corrector is not None:
-            self.corrector.take_up(self.tick)
-        for stage, box in self._stages.items():
-            self._post_bases(box, stage)
-            self._post(box, FrameKind.START, self._start_message())
-            self._post_newest(stage)
-        for box in self._samplers:
-            self._start_sampler(box)
+        self.slow.begin()
+        self.memory.begin(self.digest, self.roster.epoch, self.tick, self.books.started)
+        for member in self.roster.members.values():
+            self.memory.enter(member.number, f"stage {member.stage}")
+        for stage, box in self.stages.items():
+            self.slow.post_bases(box, stage)
+            self.post(box, FrameKind.START, self.start_message())
+            self.slow.post_newest(stage)
+        self.samplers.start()
         self.event("start", f"{self.manifest.stages} stages, at tick {self.tick}")
 
-    def _start_message(self) -> Start:
+    def start_message(self) -> Start:
         start = Start(epoch=self.roster.epoch, stage_addresses=self.roster.addresses())
         if self.resume is not None:
             start.checkpoint = self.resume.name
             start.shard_digests = {stage: saved.digest for stage, saved in self.resume.shards.items()}
         return start
 
-    # Samplers ----------------------------------------------------------------------------------------------------------
-
-    async def _sample(self, stream: FrameStream) -> None:
-        hello = from_bytes(Hello, (await stream.expect(FrameKind.HELLO)).payload)
-        await self._open.wait()
-        self.roster.greet(hello, "sampler")
-        stream.name("anchor-sampler", "down", LIMITS)
-        stream.peer = "the sampler"
-        async with self._outbox(stream) as box:
-            self._post(box, FrameKind.WELCOME, self._welcome())
-            self._samplers.append(box)  # from now on it is told when the run ends, also while it loads
-            if self.roster.started and not self.roster.missing():
-                self._start_sampler(box)
-            try:
-                while (frame := await stream.receive()) is not None:
-                    if frame.header.kind is FrameKind.READY:
-                        self.event("ready", "a sampler")
-                    elif frame.header.kind is FrameKind.REPORT:
-                        self._note(from_bytes(Report, frame.payload))
-                    elif frame.header.kind is FrameKind.STOP:
-                        self.drain(from_bytes(Stop, frame.payload).reason)
-                    else:
-                        raise BadFrame(f"a sampler sent {frame.header.kind.name}")
-            finally:
-                self._samplers.remove(box)
-                if not self.over.done() and self._owed is None:
-                    self.event("sampler", "a sampler went away; ticks go on while there are rollouts")
-                    self.ask_for_sampler()
-                if not self._samplers:
-                    self._settle(EVALUATION)  # nobody is left to make it
-                async with self._gone:
-                    self._gone.notify_all()
-
-    def ask_for_sampler(self) -> None:
-        """Say how to go on while the swarm has no sampler; called again and again, as nothing else will happen."""
-        if self.roster.started and not self._samplers and self._owed is None and not self.over.done():
-            self.event("waiting", f"for a sampler; start: swarm_worker sample --anchor {self.address}")
-
-    def _start_sampler(self, box: Outbox) -> None:
-        self._post_bases(box)
-        self._post(box, FrameKind.START, self._start_message())
-
     # What is reported --------------------------------------------------------------------------------------------------
 
-    def _note(self, report: Report) -> None:
+    def book(self, member: int, box: Outbox, report: Report) -> None:
+        """Take a report into the books, once, and say so: its sender keeps it until then."""
+        if not report.number or report.number > self.memory.booked.get(str(member), 0):
+            self._note(member, report)
+            self.books.mark()
+        if report.number:
+            self.post(box, FrameKind.BOOKED, Booked(report.number))
+
+    def _note(self, member: int, report: Report) -> None:
+        self.books.ledger(self.ledger.take())
         if report.type == "tick":
             self.tick = max(self.tick, report.tick + 1)
-            self.books.ledger(self.ledger.take())
-            # The previous tick's: a tick's last ledger rows arrive after its metrics.
+            self.memory.tick = self.tick
+            # The previous tick's: a tick's last ledger rows arrive after its metrics, after an outage long after.
             dense, packet = self.books.link_bytes(report.tick - 1)
-            if dense:
+            if dense and all(self._ledgered.get(i, -1) >= report.tick - 1 for i in range(self.manifest.stages)):
                 report.numbers |= {"bytes/links_previous_tick": packet, "bytes/share_of_dense": packet / dense}
         row = self.books.report(report)
+        if report.number:
+            self.memory.booked[str(member)] = report.number  # before anything that marks the books
         if row is None:
             return
         self.screen.bytes_update(self.books.totals)
         self.screen.update(row)
         event = report.words.get("event")
         if event == "finished":
-            self._reason = report.words["message"]
-            self._owed = {report.words["checkpoint"]}  # every stage says so again, once it has applied the end
-            # The sampler's answer has a stream of its own, and may have been faster.
-            if report.words["evaluation"] == "yes" and self._samplers and self._evaluated < report.tick:
-                self._owed.add(EVALUATION)
-            self._settle()
+            self.memory.finished = {**report.words, "tick": str(report.tick)}
+            self._finish(self.memory.finished)
         elif report.type == "eval" or event == "no_evaluation":
-            self._evaluated = report.tick
+            self.memory.evaluated = report.tick
             if report.tick >= self.tick:
-                self._settle(EVALUATION)
+                self.settle(EVALUATION)
 
-    def _take_sketch(self, sketch: Sketch) -> None:
-        if self.keeper is None or self.manifest.config.anchor.q_source != "stage_sketch":
-            raise BadFrame("a sketch came, but no basis of these links is made of sketches")
-        if self.keeper.add(sketch) is None:
-            return
-        self.send_bases()
-        for (boundary, direction), decision in self.keeper.decisions.items():
-            if decision.why:
-                self.event("steering", f"boundary {boundary} {direction.name.lower()}: {decision.why}")
-
-    def adopt_bases(self, tick: int, fits: Mapping[Key, Fit]) -> None:
-        """Pairs that a replay of that tick has given (anchor.q_source = anchor_replay)."""
-        if self.keeper is not None and self.keeper.adopt(tick, fits) is not None:
-            self.send_bases()
-
-    def send_bases(self) -> None:
-        """The keeper has a new version: to all stages and samplers with it, and into the books."""
-        assert self.keeper is not None
-        for stage, box in self._stages.items():
-            self._post_bases(box, stage)
-        for box in self._samplers:
-            self._post_bases(box)
-        numbers = self.keeper.numbers()
-        lowest, version = min(self.keeper.overlap.values()), self.keeper.version
-        self.event("basis", f"version {version}, overlap with the last one >= {lowest:.3f}", numbers)
-
-    def _post_bases(self, box: Outbox, stage: int | None = None) -> None:
-        """The newest version, or a stage's part of it: as changes to whoever was sent the version before."""
-        if self.keeper is None:
-            return
-        bases, changes = self.keeper.current, self.keeper.changes
-        if changes is not None and changes.delta and changes.base == self._bases_sent.get(box):
-            bases = changes
-        self._bases_sent[box] = bases.version
-        self._post(box, FrameKind.BASIS, bases if stage is None else part_for_stage(bases, stage))
-
-    def _to_corrector(self, corrector: Corrector, stage: int, frame: Frame) -> None:
-        epoch = self.roster.epoch
-        if frame.header.kind is FrameKind.SLICE:
-            corrector.take_slice(stage, frame.header, epoch, from_bytes(Slice, frame.payload))
-            return
-
-        async def take() -> None:
-            held = await corrector.take_snapshot(stage, frame.header, epoch, from_bytes(Snapshot, frame.payload))
-            if stage in self._stages:
-                self._post(self._stages[stage], FrameKind.SNAPSHOT_HELD, held)
-
-        task = asyncio.create_task(take())  # the parts in the order they came; the last one is decoded on a thread
-        self._taking.add(task)
-        task.add_done_callback(self._taken)
-
-    def _taken(self, task: asyncio.Task[None]) -> None:
-        self._taking.discard(task)
-        if not task.cancelled() and isinstance(error := task.exception(), Exception):
-            self._fail(error)  # ours: a full disk, a bug
-
-    def replays_ended(self, task: asyncio.Task[None]) -> None:
-        """The task that replays has ended; before the end of the run only a bug or a full disk does that."""
-        self._taken(task)
-
-    def send_correction(self, stage: int, correction: Correction) -> None:
-        """A correction for a stage; one that is away gets the newest when it comes back."""
-        if stage in self._stages:
-            self._post(self._stages[stage], FrameKind.CORRECTION, correction)
-
-    def _post_newest(self, stage: int) -> None:
-        if self.corrector is not None and (correction := self.corrector.newest(stage)) is not None:
-            self.send_correction(stage, correction)
+    def _finish(self, words: dict[str, str]) -> None:
+        self._reason = words["message"]
+        self.owed = {words["checkpoint"]}  # every stage says so again, once it has applied the end
+        # The sampler's answer has a stream of its own, and may have been faster.
+        if words["evaluation"] == "yes" and self.samplers.expected and self.memory.evaluated < int(words["tick"]):
+            self.owed.add(EVALUATION)
+        self.settle()
 
     def _take_saved(self, stage: int, saved: Saved) -> None:
         shards = self.roster.saved(stage, saved)
         if shards is None:
             return
         if saved.checkpoint not in self._complete:  # what is complete is never written again
-            bases = self.keeper.current if self.keeper is not None else None
+            bases = self.slow.keeper.current if self.slow.keeper is not None else None
             keep = self.manifest.config.checkpoint.keep
             made = complete(self.out, saved.checkpoint, self.digest, shards, keep, bases)
             self._complete.add(saved.checkpoint)
             self.event("checkpoint", f"{made.name}, {sum(s.bytes for s in shards.values()) / 1e6:.1f} MB")
-        self._settle(saved.checkpoint)
+        self.settle(saved.checkpoint)
 
     def event(self, name: str, message: str, numbers: dict[str, float] | None = None) -> None:
         """An event row, for the books and the screen."""
         log.info("%s: %s", name, message)
         self.screen.update(self.books.row("event", self.tick, {"event": name, "message": message, **(numbers or {})}))
+        self.books.mark()
 
     # The end -----------------------------------------------------------------------------------------------------------
 
     def drain(self, reason: str) -> None:
         """Ask stage 0 to stop after its tick, with a checkpoint. Before the start there is nothing to save."""
-        if self._owed is not None:
-            self._settle(EVALUATION)  # the run has finished; only its last evaluation can be left out
+        if self.owed is not None:
+            self.settle(EVALUATION)  # the run has finished; only its last evaluation can be left out
         if self._draining:
             return
         self._draining = True
         self.event("stop", reason)
-        if not self.roster.started:
-            self._reason = reason
-            self._end()
-        elif 0 in self._stages:
-            self._post(self._stages[0], FrameKind.STOP, Stop(reason))
+        if not self.roster.at_work:
+            self._end(reason)
+        elif 0 in self.stages:
+            self.post(self.stages[0], FrameKind.STOP, Stop(reason))
 
-    def _settle(self, paid: str = "") -> None:
+    def settle(self, paid: str = "") -> None:
         """Once the run has finished and owes nothing more, it is over."""
-        if self._owed is not None:
-            self._owed.discard(paid)
-            if not self._owed:
-                self._end()
+        if self.owed is not None:
+            self.owed.discard(paid)
+            if not self.owed:
+                self._end(self._reason)
 
-    def _end(self) -> None:
+    def _end(self, reason: str) -> None:
         if not self.over.done():
-            self.over.set_result(self._reason)
+            self._reason = self.memory.closing = reason
+            self.books.mark()
+            self.over.set_result(reason)
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         if not self.over.done():
             self._reason = str(error)
             self.over.set_exception(error)
 
     async def close(self) -> None:
         """Send everybody home, take their last reports, and close the books."""
-        everyone = [*self._stages.values(), *self._samplers]
+        everyone = [*self.stages.values(), *self.samplers.boxes.values()]
         for box in everyone:
-            self._post(box, FrameKind.STOP, Stop(self._reason, now=True))
+            self.post(box, FrameKind.STOP, Stop(self._reason, now=True))
+        if not self.over.done() or self.over.cancelled() or self.over.exception() is not None:
+            self.absent.clear()  # only a run that ends in order waits for whoever is away
         try:
             async with self._gone:
-                everybody_left = self._gone.wait_for(lambda: not self._stages and not self._samplers)
-                await asyncio.wait_for(everybody_left, timeout=10.0)
+                everybody_left = self._gone.wait_for(lambda: not (self.stages or self.samplers.boxes or self.absent))
+                await asyncio.wait_for(everybody_left, timeout=GRACE_S if self.absent else LEAVE_S)
         except TimeoutError:
-            log.warning("not everybody left within 10 s: %s", [box.stream.peer for box in everyone])
+            log.warning("not everybody left in time: %s", [box.stream.peer for box in everyone])
         finally:  # also when this is cancelled: a server that was never stopped keeps its process at the exit
+            self.absent.clear()
             await self.server.stop()
             self.books.ledger(self.ledger.take())
+            self.memory.at_work = False
+            self.books.mark()
 
-    def _welcome(self) -> Welcome:
-        return Welcome(self.manifest.to_json(), self.digest, self.roster.epoch)
+    def welcome(self, hello: Hello) -> Welcome:
+        booked = self.memory.booked.get(str(hello.member), 0)
+        return Welcome(self.manifest.to_json(), self.digest, self.roster.epoch, booked)
 
-    def _post(self, box: Outbox, kind: FrameKind, message: Any) -> None:
+    def post(self, box: Outbox, kind: FrameKind, message: Any) -> None:
         box.post(Frame(Header(kind, self._run, self.roster.epoch, self.tick), to_bytes(message)))

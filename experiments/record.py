@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -37,7 +38,16 @@ def facts(load_before: float | None = None) -> dict[str, Any]:
 def write(
     name: str, page: str, machine: Mapping[str, Any], numbers: Mapping[str, Any], folder: Path = BENCHMARKS
 ) -> None:
-    """NAME.md and NAME.json, the numbers behind the machine's facts."""
+    """NAME.md and NAME.json, the numbers behind the machine's facts; what is not finite (an interval over one value) as null."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(page)
-    (folder / f"{name}.json").write_text(json.dumps({"machine": machine, **numbers}, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(_finite({"machine": machine, **numbers}), indent=1) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -23,6 +23,7 @@ from swarm_core.run_folder import ADDRESS_FILE, MANIFEST_FILE, make_folder
 
 START_LIMIT_S = 300.0  # importing torch and calibrating on a loaded machine
 LEAVE_LIMIT_S = 15.0  # for the last reports, once the anchor has gone
+RESTARTS = 3  # of an anchor that was killed; one that dies again and again is no accident
 BLAME_LIMIT_S = 5.0  # for the others to fail too, once one has
 LOG_TAIL_LINES = 15
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -54,7 +55,7 @@ def run_local(arguments: argparse.Namespace) -> int:
     (out / ADDRESS_FILE).unlink(missing_ok=True)
     swarm = LocalSwarm(out, arguments.limit_mbps)
     try:
-        code = swarm.run(anchor)
+        code = swarm.run(anchor, lambda address: _anchor_command(arguments, again_at=address))
     finally:
         swarm.kill()
         if earlier is not None:
@@ -89,11 +90,17 @@ def _drop_or_restore(earlier: Path, out: Path, *, started: bool) -> None:
     earlier.rename(out)
 
 
-def _anchor_command(arguments: argparse.Namespace) -> list[str]:
+def _anchor_command(arguments: argparse.Namespace, again_at: str = "") -> list[str]:
+    """How the anchor is started, or (`again_at` an address) how one takes over from one that was killed."""
+    listen = arguments.listen
+    if again_at:
+        listen = f"{listen.rpartition(':')[0]}:{again_at.rpartition(':')[2]}"
     command = [sys.executable, "-m", "anchor_node.cli", "serve", "--config", str(arguments.config)]
-    command += ["--out", str(arguments.out), "--listen", arguments.listen]
+    command += ["--out", str(arguments.out), "--listen", listen]
     for override in _overrides(arguments):
         command += ["--set", override]
+    if again_at:
+        return [*command, "--resume"]
     command += ["--resume-from", arguments.resume_from] if arguments.resume_from else []
     return command + (["--resume"] if arguments.resume else [])
 
@@ -124,15 +131,21 @@ class LocalSwarm:
         self.children: list[Child] = []
         self.started = False  # the anchor came up: the run file, the model and the data are sound
         self._interrupts = 0
+        self._take_over: list[str] = []
+        self._restarts = 0
+        self._asked_anchor = False  # to end the run: whatever it does then, it is not started again
 
-    def run(self, anchor_command: list[str]) -> int:
-        """Start everything and wait until the anchor says the run is over, or somebody dies."""
+    def run(self, anchor_command: list[str], take_over: Callable[[str], list[str]]) -> int:
+        """Start everything and wait until the anchor says the run is over, or somebody dies.
+
+        `take_over` is the command of an anchor that carries on at the address of one that was killed.
+        """
         signal.signal(signal.SIGINT, self._interrupted)
         signal.signal(signal.SIGTERM, self._interrupted)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup a hang-up is ignored, and stays so
             signal.signal(signal.SIGHUP, self._interrupted)
         # The anchor draws the live table, so it keeps the terminal; its own log goes to a file of its own.
-        anchor = self._start("anchor", [*anchor_command, "--log", str(self.out / "logs" / "anchor.log")], terminal=True)
+        anchor = self._start_anchor(anchor_command)
         address = self._await_address(anchor)
         if address is None:
             code = anchor.process.wait()
@@ -143,7 +156,11 @@ class LocalSwarm:
         for stage in range(self._stages()):
             self._start(f"stage-{stage}", [*worker, "join", "--stage", str(stage), *common, *self._limit])
         self._start("sampler", [*worker, "sample", *common])
+        self._take_over = take_over(address)
         return self._watch()
+
+    def _start_anchor(self, command: list[str]) -> Child:
+        return self._start("anchor", [*command, "--log", str(self.out / "logs" / "anchor.log")], terminal=True)
 
     def _stages(self) -> int:
         return len(json.loads((self.out / MANIFEST_FILE).read_text())["spans"])
@@ -179,8 +196,8 @@ class LocalSwarm:
 
     def _watch(self) -> int:
         """0 when all ended well; otherwise the child that ends badly is reported."""
-        while self.children[0].process.poll() is None:
-            if any(child.process.poll() not in (None, 0) for child in self.children):
+        while self.children[0].process.poll() is None or self._anchor_again():
+            if any(child.process.poll() not in (None, 0) for child in self.children[1:]):
                 self._await_end(BLAME_LIMIT_S)  # neighbours fail in the same moments: let them, to find who began
                 break
             time.sleep(0.1)
@@ -189,6 +206,29 @@ class LocalSwarm:
         ended = [(child, child.process.poll()) for child in self.children]
         bad = [(child, code) for child, code in ended if code not in (None, 0)]
         return self._report(bad) if bad else 0
+
+    def _anchor_again(self) -> bool:
+        """Start the anchor anew if it was killed while the others work; they neither wait for it nor end with it.
+
+        One that ends in order, also in failure, tells everybody to leave and removes its address.
+        """
+        anchor, *others = self.children
+        code = anchor.process.poll()
+        killed = code not in (0, BAD_INPUT) and (self.out / ADDRESS_FILE).exists()
+        if not killed or self._asked_anchor or self._restarts == RESTARTS:
+            return False
+        if any(child.process.poll() is not None for child in others):
+            return False  # the run is over, or broken; there is nothing to carry on
+        self._restarts += 1
+        how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        print(
+            f"swarm_worker local: the anchor ended with {how}; the others go on, and it is started again "
+            f"({self._restarts} of {RESTARTS})",
+            file=sys.stderr,
+        )
+        self.children[0] = self._start_anchor(self._take_over)
+        self.children.pop()  # where every new child is put
+        return True
 
     def _await_end(self, limit_s: float) -> None:
         deadline = time.monotonic() + limit_s
@@ -226,13 +266,16 @@ class LocalSwarm:
         return code if code > 0 else BROKE
 
     def _interrupted(self, number: int, _frame: object) -> None:
-        """First: drain through the anchor. Second: end now."""
+        """First: drain. Second: end now."""
         self._interrupts += 1
         if number == signal.SIGHUP:
             leave_terminal()
         if self._interrupts > 1 or not self.children:
             raise KeyboardInterrupt
-        self.children[0].process.send_signal(number)
+        anchor, *others = self.children
+        self._asked_anchor = not others or self._restarts == 0 and anchor.process.poll() is None
+        # An anchor that is down, or only just coming up, is not asked: stage 0 ends the run as well, and tells it.
+        (anchor if self._asked_anchor else others[0]).process.send_signal(number)
 
     def kill(self) -> None:
         """Whatever is left goes."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 import logging
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,18 @@ from swarm_core.wire.streams import Dialled, dial
 ANCHOR_LIMITS = {FrameKind.BASIS: 1 << 30, FrameKind.CORRECTION: 1 << 30, FrameKind.WELCOME: 4 << 20}
 LAST_WORDS_S = 0.5  # between the reason of a failure and the end of the stream that carries it
 log = logging.getLogger(__name__)
+Greeted = tuple[Dialled, Welcome]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How this process comes to the anchor: first to join, and again whenever its stream has broken."""
+
+    address: str
+    method: str
+    ledger: Ledger
+    link: str
+    hello: Hello
 
 
 @dataclass
@@ -32,6 +45,7 @@ class Membership:
     anchor: Dialled
     manifest: Manifest
     digest: str
+    way: Way
     last_bases: BasisSet | None = None  # as it came, whole: the next one may be changes of it
 
     @property
@@ -44,19 +58,30 @@ class Membership:
         return self.last_bases
 
 
+async def greet(way: Way, hello: Hello, wait_s: float, waiting: Callable[[float], None] | None = None) -> Greeted:
+    """Dial the anchor and say who we are. Raises Unreachable, PeerLost, and what the anchor refuses us with."""
+    anchor = await dial(way.address, way.method, way.ledger, "the anchor", wait_s, waiting)
+    anchor.name(way.link, "up", ANCHOR_LIMITS)
+    try:
+        await anchor.send(Frame(Header(FrameKind.HELLO), to_bytes(hello)))
+        return anchor, from_bytes(Welcome, (await anchor.expect(FrameKind.WELCOME)).payload)
+    except BaseException:
+        await anchor.close()
+        raise
+
+
 async def join(address: str, method: str, hello: Hello, ledger: Ledger, wait_s: float, link: str) -> Membership:
     """Dial the anchor and take the manifest. Raises BadAddress, Unreachable, Refused and ManifestMismatch, each readable."""
     if "/" in address:  # a URL would be split at its last colon and dialled in vain
         raise BadAddress(address)
     hello.versions = {name: importlib.metadata.version(name) for name in ("torch", "grpcio", "protobuf")}
+    hello.member = secrets.randbits(64) | 1  # never 0, which is nobody
 
     def waiting(waited_s: float) -> None:
         log.warning("no answer from the anchor at %s for %.0f s, trying on until %.0f s", address, waited_s, wait_s)
 
-    anchor = await dial(address, method, ledger, "the anchor", wait_s, waiting)
-    anchor.name(link, "up", ANCHOR_LIMITS)
-    await anchor.send(Frame(Header(FrameKind.HELLO), to_bytes(hello)))
-    welcome = from_bytes(Welcome, (await anchor.expect(FrameKind.WELCOME)).payload)
+    way = Way(address, method, ledger, link, hello)
+    anchor, welcome = await greet(way, hello, wait_s, waiting)
     manifest = read_manifest(welcome.manifest)
     if manifest.digest() != welcome.manifest_digest:
         raise ManifestMismatch(
@@ -65,7 +90,7 @@ async def join(address: str, method: str, hello: Hello, ledger: Ledger, wait_s: 
         )
     if hello.manifest_digest and hello.manifest_digest != welcome.manifest_digest:
         raise ManifestMismatch(f"the anchor at {address} runs another manifest than the one expected")
-    return Membership(anchor, manifest, welcome.manifest_digest)
+    return Membership(anchor, manifest, welcome.manifest_digest, way)
 
 
 async def await_start(membership: Membership, take_bases: Callable[[BasisSet], None]) -> Start | None:
@@ -88,15 +113,20 @@ async def await_start(membership: Membership, take_bases: Callable[[BasisSet], N
     raise PeerLost("the anchor closed the stream before the start")
 
 
+def failed_report(who: str, error: Exception) -> Report:
+    """Why a process ends, for the anchor's books: it failed itself, or it lost a neighbour."""
+    text = str(error) if isinstance(error, KedgeError) else f"{type(error).__name__}: {error}"
+    event = "lost" if isinstance(error, WireError) else "failed"
+    return Report("event", 0, words={"event": event, "message": f"{who}: {' '.join(text.split())[:500]}"})
+
+
 async def tell_failure(membership: Membership, who: str, error: Exception) -> None:
     """Let the anchor say why this process ends: it would only see it go away. What breaks a stream, it sees itself."""
     if isinstance(error, WireError):
         return
-    text = str(error) if isinstance(error, KedgeError) else f"{type(error).__name__}: {error}"
-    words = {"event": "failed", "message": f"{who}: {' '.join(text.split())[:500]}"}
     with contextlib.suppress(WireError, TimeoutError):
         async with asyncio.timeout(LAST_WORDS_S):
-            await membership.anchor.send_report(Report("event", 0, words=words), 0)
+            await membership.anchor.send_report(failed_report(who, error), 0)
         await asyncio.sleep(LAST_WORDS_S)
 
 

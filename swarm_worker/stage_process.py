@@ -107,14 +107,12 @@ class StageProcess:
             self.worker = await self._assemble(membership, compute, start, below)
             if self._signals:
                 self._on_signals(self.worker)
-            self.worker.spawn(self.worker.read_anchor(membership.anchor))
             if below is not None:
                 self.worker.spawn(below.keep_warm(self.worker.over))
             self.service.open(membership.digest)
             log.info("the run is over: %s", await self.worker.run())
-            await membership.anchor.finish()
         except Exception as error:
-            if membership is not None and self.worker is None:  # a worker's streams have ended with it
+            if membership is not None and self.worker is None:  # a worker has said so itself
                 await tell_failure(membership, f"stage {a.stage}", error)
             raise
         finally:
@@ -260,6 +258,7 @@ class StageProcess:
             log.warning("%s: leaving after this tick, with a checkpoint; once more to leave at once", name)
             stop = Stop(reason=f"stage {self.arguments.stage} got {name}")
             worker.anchor.post(Frame(Header(FrameKind.STOP), to_bytes(stop)))
+            worker.stop(stop)  # stage 0 needs no anchor for it
 
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, leave, number.name)

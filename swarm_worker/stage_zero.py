@@ -28,6 +28,7 @@ from swarm_worker.journal import Journal
 from swarm_worker.lead import Lead, LeadPlan, LeadState, Stock
 from swarm_worker.sampler.replay import ReplayWriter
 from swarm_worker.schedule import ProtocolError, Stamp
+from swarm_worker.voting import ANCHOR_WAIT
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +174,8 @@ class StageZero:
             numbers |= {name: value for name, value in vote.numbers.items() if not name.startswith(SUMS)}
         if (merged := summed([vote.numbers for vote in votes])) is not None:
             numbers |= measures(merged)
+        waits = (value for vote in votes for name, value in vote.numbers.items() if name.startswith(ANCHOR_WAIT))
+        numbers[ANCHOR_WAIT] = sum(waits, 0.0)
         if POISONED in numbers:  # zeros travelled on from there, so what other stages compared means nothing
             numbers = {n: value for n, value in numbers.items() if n == POISONED or not n.startswith(PREFIX)}
         words = {"outcome": Outcome(decide.outcome).name.lower(), "skip_reason": decide.reason}

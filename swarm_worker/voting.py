@@ -7,6 +7,8 @@ import time
 from swarm_core.wire.messages import StageVote, Vote
 from swarm_worker.compute import Tally
 
+ANCHOR_WAIT = "anchor/wait_s"  # of a tick, awaiting anything of the anchor: by stage, and all together
+
 
 class Ballot:
     """What one stage knows of the tick that is to be voted on."""

@@ -8,7 +8,6 @@ Joining and starting are in stage_process.py; what stage 0 decides is in stage_z
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Coroutine
@@ -24,16 +23,12 @@ from swarm_core.wire.frames import Frame, Header, address_of
 from swarm_core.wire.messages import (
     BatchData,
     Begin,
-    Correction,
     Decide,
     FrameKind,
     Outcome,
     Report,
     Rollouts,
     Sketch,
-    Slice,
-    Snapshot,
-    SnapshotHeld,
     Stop,
     Vote,
     from_bytes,
@@ -43,9 +38,9 @@ from swarm_core.wire.outbox import Outbox
 from swarm_core.wire.rollouts import batch_data, read_batch, read_rollouts
 from swarm_core.wire.streams import FrameStream
 from swarm_worker.admission import Admission
+from swarm_worker.anchor_link import AnchorLink, Standing
 from swarm_worker.compute import Packet
 from swarm_worker.compute_thread import Applied, ComputeThread
-from swarm_worker.correcting import CorrectionRefused
 from swarm_worker.headers import Position, header_of, key
 from swarm_worker.membership import Membership, read_bases
 from swarm_worker.schedule import (
@@ -68,12 +63,13 @@ from swarm_worker.schedule import (
     VoteCame,
 )
 from swarm_worker.service import StageService
-from swarm_worker.snapshots import SnapshotShipper
+from swarm_worker.slow_circuit import SlowCircuit
 from swarm_worker.stage_zero import StageZero
-from swarm_worker.voting import Ballot
+from swarm_worker.voting import ANCHOR_WAIT, Ballot
 
 log = logging.getLogger(__name__)
-FLUSH_S = 10.0  # for the last report
+LEAVE_S = 60.0  # for the last report, once the anchor has said that the run is over; a restart takes seconds
+END_WAIT_S = 600.0  # for an anchor that is away when the run ends: without it the last checkpoint is not complete
 WATCH_S = 30.0  # a tick of a large model over a slow link can take this long; nothing is decided by it
 
 
@@ -88,6 +84,8 @@ class StageWorker:
         below: FrameStream | None,
         zero: StageZero | None,
     ) -> None:
+        keep = membership.manifest.config.checkpoint.keep
+        self.anchor = AnchorLink(membership, self._standing, keep)
         self.manifest, self.run_id = membership.manifest, membership.run
         self._take_bases = membership.take_bases
         self.work = work
@@ -101,7 +99,6 @@ class StageWorker:
         self.admission = Admission(
             self.span.stage, self.run_id, self.manifest.link(), links, work.position, compute.batches
         )
-        self.anchor = Outbox(membership.anchor)
         self.above: Outbox | None = None
         self.below = Outbox(below) if below is not None else None
         # Activations received but not yet computed on; beyond it the reader stops, and with it the sender's window.
@@ -109,8 +106,7 @@ class StageWorker:
         self._ballot = Ballot(self.span.stage)
         self._round_active = False
         self._finished = False  # the last decision has been applied
-        self.correcting = compute.correcting
-        self.shipper = SnapshotShipper(self._post_snapshot, self.manifest.vocab) if compute.correcting else None
+        self.slow = SlowCircuit(self.anchor, work, self.run_id, self.manifest.vocab)
         # The newest version that every stage has voted to hold; before the first vote our own, as START follows BASIS.
         self._basis_held = compute.newest_basis
         self._tasks: set[asyncio.Task[None]] = set()
@@ -142,9 +138,9 @@ class StageWorker:
     async def run(self) -> str:
         """Work until STOP; returns its reason. Raises what broke."""
         self.spawn(self.anchor.run())
+        self.spawn(self.read_anchor())
         self.spawn(self.watch())
-        if self.shipper is not None:
-            self.spawn(self.shipper.run())
+        self.spawn(self.slow.run())
         if self.below is not None:
             self.below.stream.bound(partial(self.admission.largest, Direction.BACKWARD))
             self.spawn(self.below.run())
@@ -153,10 +149,12 @@ class StageWorker:
         try:
             reason = await self.over
             self.anchor.post_report(Report(type="ledger", tick=self.position.tick))
-            with contextlib.suppress(TimeoutError):  # the anchor may be gone before it has read everything
-                async with asyncio.timeout(FLUSH_S):
-                    await self.anchor.flush()
+            if not await self.anchor.leave(LEAVE_S):
+                log.warning("stage %d leaves before the anchor has booked its last report", self.span.stage)
             return reason
+        except Exception as error:
+            await self.anchor.last_words(f"stage {self.span.stage}", error)
+            raise
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -245,48 +243,40 @@ class StageWorker:
             case kind:
                 raise BadFrame(f"stage {self.span.stage + 1} sent {kind.name} up the link")
 
-    async def read_anchor(self, stream: FrameStream) -> None:
+    async def read_anchor(self) -> None:
         """Bases and the end of the run come from the anchor; no tick waits for either."""
-        while (frame := await stream.receive()) is not None:
+        while (frame := await self.anchor.receive()) is not None:
             match frame.header.kind:
                 case FrameKind.BASIS:
                     message = self._take_bases(frame)
                     # On a thread of its own: to check a wide basis takes up to a second, and frames must not wait.
                     bases = await asyncio.to_thread(read_bases, message, self.manifest, self.span.stage)
                     self.work.deliver(partial(self.work.compute.add_bases, message.version, bases))
-                case FrameKind.SNAPSHOT_HELD if self.shipper is not None:
-                    self.shipper.held(from_bytes(SnapshotHeld, frame.payload))
-                case FrameKind.CORRECTION:
-                    await self._take_correction(frame)
+                case FrameKind.SNAPSHOT_HELD | FrameKind.CORRECTION:
+                    await self.slow.take(frame)
                 case FrameKind.STOP:
                     stop = from_bytes(Stop, frame.payload)
-                    self._stop(stop)
+                    self.stop(stop)
                     if stop.now:
-                        return  # the last report is still to be sent: cancelling a read would end the stream
+                        return
                 case kind:
                     raise BadFrame(f"the anchor sent {kind.name}")
-        if not self.over.done():
-            self.fail(PeerLost(f"the anchor closed its stream at tick {self.position.tick}"))
 
-    async def _take_correction(self, frame: Frame) -> None:
-        """Hold what the anchor sends, if it is sound; otherwise say why not, and go on as before."""
-        try:
-            message = from_bytes(Correction, frame.payload)
-            if self.correcting is None:
-                raise CorrectionRefused("a correction came, but this run has no merger")
-            if frame.header.epoch != self.position.epoch:
-                raise CorrectionRefused(
-                    f"correction {message.version} is of epoch {frame.header.epoch}, this run is in {self.position.epoch}"
-                )
-            await asyncio.to_thread(self.correcting.check, message)
-        except (CorrectionRefused, BadFrame) as error:
-            log.warning("stage %d: %s", self.span.stage, error)
-            words = {"event": "correction_refused", "message": f"stage {self.span.stage}: {error}"}
-            self._report(Report(type="event", tick=self.position.tick, words=words))
-        else:
-            self.work.deliver(partial(self.correcting.hold, message))
+    def _standing(self) -> Standing:
+        return Standing(self.position.epoch, self.position.tick, self.work.compute.newest_basis)
 
-    def _stop(self, stop: Stop) -> None:
+    async def _await_end(self) -> None:
+        """The last decision is applied. Only the anchor can say that the books and the last checkpoint are complete."""
+        if self.anchor.away_since is not None:
+            log.warning("stage %d has finished and waits for the anchor, up to %.0f s", self.span.stage, END_WAIT_S)
+        await self.anchor.away_for(END_WAIT_S)
+        raise PeerLost(
+            f"the run has finished at tick {self.position.tick}, but the anchor at {self.anchor.address} was away for "
+            f"{END_WAIT_S:.0f} s: its books and its newest checkpoint lack what this stage still had to tell"
+        )
+
+    def stop(self, stop: Stop) -> None:
+        """Leave now, or (stage 0) end the run after the tick under way."""
         if stop.now:
             if not self.over.done():
                 self.over.set_result(stop.reason)
@@ -345,6 +335,8 @@ class StageWorker:
 
     async def _applied(self, stamp: Stamp, decide: Decide, done: Applied) -> None:
         self._finished = decide.stop
+        if decide.stop:
+            self.spawn(self._await_end())
         tick = done.position.tick
         if decide.end_of_batch:
             self.admission.ended(stamp.batch)
@@ -356,8 +348,7 @@ class StageWorker:
             numbers = (sketch.part, sketch.trace, sketch.rows_seen, sketch.packet_bytes)
             message = Sketch(sketch.version, stamp.tick, matrix, *numbers)
             self.anchor.post(Frame(Header(FrameKind.SKETCH, self.run_id, tick=stamp.tick), to_bytes(message)))
-        if done.capture is not None and self.shipper is not None:
-            self.shipper.offer(done.capture)
+        self.slow.offer(done.capture)
         order = None
         if decide.stop and self.zero is not None:
             report, order = self.zero.ending()
@@ -372,8 +363,8 @@ class StageWorker:
 
     def _cast_vote(self, stamp: Stamp) -> None:
         busy_s, self.work.busy_s = self.work.busy_s, 0.0
-        held = sorted(self.correcting.held) if self.correcting is not None else []
-        vote = self._ballot.cast(self.work.compute.newest_basis, busy_s, held)
+        vote = self._ballot.cast(self.work.compute.newest_basis, busy_s, sorted(self.slow.held))
+        vote.votes[0].numbers[f"{ANCHOR_WAIT}/stage_{self.span.stage}"] = self.anchor.take_wait_s()
         if self.zero is None:
             assert self.above is not None
             header = header_of(FrameKind.VOTE, self.run_id, stamp, self.span.stage - 1)
@@ -413,7 +404,7 @@ class StageWorker:
             self._post_below(Frame(header, to_bytes(batch_data(batch, self.manifest.vocab))))
         if batch is not None or dropped is not None:
             self._order()  # with overlap, the next batch is generated while this one trains
-        stamp = lead.next_round(self.correcting.held if self.correcting is not None else {})
+        stamp = lead.next_round(self.slow.held)
         if stamp is not None:
             self._round_active = True
             begin = Begin(stamp.microbatches, stamp.basis_version, stamp.correction, stamp.step)
@@ -452,8 +443,5 @@ class StageWorker:
             header = replace(frame.header, receiver=address_of(self.span.stage + 1))
             self.below.post(Frame(header, frame.payload))
 
-    def _post_snapshot(self, kind: FrameKind, message: Snapshot | Slice, tick: int) -> None:
-        self.anchor.post(Frame(Header(kind, self.run_id, self.position.epoch, tick), to_bytes(message)))
-
     def _report(self, report: Report) -> None:
-        self.anchor.post(Frame(Header(FrameKind.REPORT, self.run_id, tick=report.tick), to_bytes(report)))
+        self.anchor.post_report(report)

@@ -20,7 +20,7 @@ from experiments import record
 from experiments.bench.figures import SETTLING
 from experiments.bench.workload import Workload
 from experiments.bench_anchor.figures import against, cells, level, markdown_table, snapshot_ticks
-from experiments.bench_anchor.sides import CADENCE, OFF, SETTLE, SIDES, WORKLOADS, AnchorSide, AnchorTurn, start
+from experiments.bench_anchor.sides import CADENCE, OFF, OFTEN, SETTLE, SIDES, WORKLOADS, AnchorSide, AnchorTurn, start
 from experiments.children import BenchError
 
 
@@ -83,17 +83,7 @@ def report(results: dict[str, dict[str, Any]], rounds: int, facts: dict[str, Any
     """The page that benchmarks/ keeps."""
     table = markdown_table([cells(w, name, side) for w, sides in results.items() for name, side in sides.items()])
     told, ticks, wait_s = waited(results)
-    each = [(w, n, side["run"], side["level"]) for w, sides in results.items() for n, side in sides.items() if n != OFF]
-    books = "; ".join(
-        f"`{w}`, {n}: mean K {run['mean_k'] or 0:.1f} ticks, a replay {run['replay_median_s'] or 0:.1f} s, "
-        f"{100 * own['late_share']:.0f} % of the anchor's CPU after a turn's last tick"
-        for w, n, run, own in each
-    )
-    shapes = "; ".join(
-        f"`{w.name}` {'the model and tick of `make demo`' if w.model else f'width {w.hidden}, {w.layers} layers'}, "
-        f"{w.microbatches} microbatches, {w.tokens:,} tokens a tick"
-        for w in (WORKLOADS[name] for name in results)
-    )
+    shapes = "; ".join(f"`{name}` {WORKLOADS[name].tokens:,} tokens a tick" for name in results)
     return f"""\
 # Corrections on and off: what the slow anchor costs the ticks
 
@@ -108,11 +98,12 @@ torch {facts["torch"]}. Load average while the bench began and ended: {facts["lo
 a machine of its own. What the stages themselves pay is the column *stages' CPU*.**
 
 - Sides: `corrections.merger` = none; `held_delta` with every other knob of [corrections] and [anchor] at its default
-  (m_cadence {CADENCE}); the same with m_cadence 10. Each is an anchor, two stages with a core each, and a sampler that
+  (m_cadence {CADENCE}); the same with m_cadence {OFTEN}. Each is an anchor, two stages with a core each, and a sampler that
   replays. Links as in examples/tiny (lowrank, 0.5 and 0.33 of the width), one tick a batch, fp32.
-- Workloads: {shapes}.
+- Workloads: {shapes}; the model of `make demo`, and one of width 192 with four times its weights. A tick's own work grows
+  with its tokens, a correction's does not.
 - {rounds} rounds, in each a turn of every side, of {CADENCE} ticks, {SETTLING} of them not counted. A turn holds one snapshot,
-  or four, all in counted ticks, and is over when its anchor is idle.
+  or {CADENCE // OFTEN}, all in counted ticks, and is over when its anchor is idle.
 - *ratio*: tokens/s over those of `off` in the same round, median; *quartiles* and *range* of the same. *median ticks*: the
   same of each turn's median tick, beside which no replay runs where m_cadence is {CADENCE}.
 - *stages' CPU*: CPU seconds a tick of both stages' processes, all threads (merging, copying and packing snapshots, checking
@@ -120,7 +111,6 @@ a machine of its own. What the stages themselves pay is the column *stages' CPU*
   time, and a replay that takes their core away is in it.
 - *after a snapshot*: by how much the tick that has the copying of the weights in it is longer than a turn's other ticks,
   less the same difference of `off`; its length, and the busy time of a stage. The replay begins in that tick.
-- The runs' books: {books}.
 - `anchor/wait_s`, the time that a tick waited for the anchor, is in {told} of {ticks} tick rows with corrections on; its sum
   is {wait_s:g} s.
 """
@@ -129,7 +119,7 @@ a machine of its own. What the stages themselves pay is the column *stages' CPU*
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench-anchor", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--only", choices=sorted(WORKLOADS), help="one workload alone")
-    parser.add_argument("--pairs", type=int, default=5, help="rounds: turns of every side (default %(default)s)")
+    parser.add_argument("--pairs", type=int, default=4, help="rounds: turns of every side (default %(default)s)")
     parser.add_argument("--record", action="store_true", help="write benchmarks/anchor.md and .json")
     parser.add_argument("--keep", type=Path, help="a new folder for logs and runs (default: a temporary one)")
     arguments = parser.parse_args()

@@ -77,12 +77,10 @@ def against(on: Sequence[AnchorTurn], off: Sequence[AnchorTurn], snapshots: set[
 
 def level(turns: Sequence[AnchorTurn], tokens: int) -> dict[str, float]:
     """A side by itself: medians over turns; CPU in seconds a tick."""
-    anchor = sum(turn.anchor_cpu_s for turn in turns)
     return {
         "tokens_per_s": tokens * statistics.median(map(RATIOS["tokens_per_s"], turns)),
         "stage_cpu_s": statistics.median(map(RATIOS["stage_cpu"], turns)),
         "anchor_cpu_s": statistics.median(turn.anchor_cpu_s / len(turn.ticks) for turn in turns),
-        "late_share": sum(turn.late_cpu_s for turn in turns) / anchor if anchor else 0.0,
     }
 
 

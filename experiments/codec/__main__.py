@@ -8,19 +8,16 @@ cells    the cells and their overrides
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import math
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from experiments import record
 from experiments.codec import page, results
 from experiments.codec.cells import CELLS, MODELS, ROOT
-from experiments.codec.job import Job
-from experiments.codec.workers import run_all
+from experiments.codec.job import Job, run_job
+from experiments.codec.workers import run_missing, seeds_of
 from swarm_core.config import parse_overrides
 from swarm_core.errors import UserError
 
@@ -83,25 +80,10 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     extra = tuple(parse_overrides(arguments.extra).items())
     # Seed by seed, so that an unfinished table is one of fewer seeds.
-    jobs = [Job(arguments.model, name, seed, extra) for seed in _seeds(arguments.seeds) for name in names]
+    jobs = [Job(arguments.model, name, seed, extra) for seed in seeds_of(arguments.seeds) for name in names]
     for job in jobs[: len(names)]:
         job.config(), job.uncompressed()  # a wrong knob is refused before anything trains
-    done = {results.key(row) for row in results.read(arguments.results)}
-    waiting = [job for job in jobs if job.key not in done]
-    print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done already", flush=True)
-    folder = arguments.results.parent / "runs"
-    failed, started = 0, time.monotonic()
-    outcomes = run_all(waiting, folder, arguments.workers)
-    with contextlib.closing(outcomes):
-        for number, (job, row, error) in enumerate(outcomes, start=1):
-            left_s = (time.monotonic() - started) / number * (len(waiting) - number)
-            head = f"{number}/{len(waiting)} {job.model} {job.name} seed {job.seed}"
-            if row is None:
-                failed += 1
-                print(f"{head}: FAILED: {error}", file=sys.stderr, flush=True)
-                continue
-            results.append(arguments.results, row)
-            print(f"{head}: {_figures(row)}; {left_s / 60:.0f} min left", flush=True)
+    failed = run_missing(jobs, run_job, arguments.results, arguments.workers, _figures)
     return 1 if failed else 0
 
 
@@ -111,17 +93,6 @@ def _figures(row: dict[str, Any]) -> str:
         f"accuracy {end['weights']['expected']:.4f}, through links {end['links']['expected']:.4f}, "
         f"{size['share_of_dense']:.2%} of dense, {row['gated']} gated, {row['cpu_s']:.0f} s CPU, {row['wall_s']:.0f} s"
     )
-
-
-def _seeds(text: str) -> list[int]:
-    seeds = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            seeds += range(int(first), int(last or first) + 1)
-    except ValueError:
-        raise UserError(f"--seeds {text}: wanted numbers as 0-4 or 0,2,7") from None
-    return seeds
 
 
 def _table(arguments: argparse.Namespace) -> int:
@@ -137,7 +108,7 @@ def _table(arguments: argparse.Namespace) -> int:
     facts = record.facts()
     workloads = {model: _workload(rows, model) for model in MODELS}
     plain = {model: [dataclasses.asdict(cell) for cell in cells] for model, cells in models.items() if cells}
-    record.write("codec", page.page(models, workloads, facts), facts, {"cells": _finite(plain)}, arguments.to)
+    record.write("codec", page.page(models, workloads, facts), facts, {"cells": plain}, arguments.to)
     page.plot(models, arguments.to / "codec.png")
     return 0
 
@@ -154,15 +125,6 @@ def _workload(rows: list[results.Row], model: str) -> str:
         f"{c.grpo.prompts_per_batch} prompts x {c.grpo.completions_per_prompt} completions in {c.grpo.ticks_per_pass} ticks a pass, "
         f"at most {c.grpo.max_reuse} passes; lr {c.optimizer.lr:g}, {c.optimizer.schedule}."
     )
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: the half width of an interval over one seed is null."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cells(arguments: argparse.Namespace) -> int:

@@ -26,6 +26,8 @@ FIDELITY_PROMPTS, FIDELITY_SAMPLES = 64, 8
 FIDELITY_SEED = 1234  # the same batch in every cell and with every seed
 LINK_KINDS = ("activation", "gradient")
 OVERHEAD_KINDS = ("basis", "sketch")
+# Whatever a run file says: links are compared with nothing else at work.
+_APART = {"corrections.merger": "none"}
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,12 @@ class Job:
         return self.model, self.name, self.seed, self.settings
 
     def config(self) -> RunConfig:
-        return load(MODELS[self.model].run_file, {**self.overrides, "run.seed": str(self.seed)})
+        return load(MODELS[self.model].run_file, {**_APART, **self.overrides, "run.seed": str(self.seed)})
 
     def uncompressed(self) -> RunConfig:
         """The same run with links that change no bit."""
         kept = {key: value for key, value in self.overrides.items() if not key.startswith("links.")}
-        return load(MODELS[self.model].run_file, {**kept, "run.seed": str(self.seed), "links.kind": "identity"})
+        return load(MODELS[self.model].run_file, {**_APART, **kept, "run.seed": str(self.seed), "links.kind": "identity"})
 
 
 def run_job(job: Job, folder: Path) -> dict[str, Any]:

@@ -56,7 +56,8 @@ class LaggingAnchor:
         for number, capture in enumerate(captures):
             self._ship(number, capture)
         exact = self._smoothed(self._replayed(captures, self._slice(captures)))
-        fire = max(first.tick + 1, self._fires.fire_tick(first.version))
+        latency = self._fires.fire_tick(first.version) - self._fires.tick_of(first.version)
+        fire = first.tick + max(1, latency)
         decoded = []
         for number, (encoder, parts) in enumerate(zip(self._encoders, exact, strict=True)):
             packet = encoder.encode(parts)

@@ -36,12 +36,6 @@ class LaggingTraining(Training):
         self.cosines: dict[int, float] = {}
         self.overlaps: dict[int, float] = {}
 
-    def advance(self) -> None:
-        if not self.manifest.config.anchor.pin_basis:
-            state = self.zero.lead.state
-            state.basis_version = max(state.basis_version, self.chain.newest_basis)
-        super().advance()
-
     def ticked(self, stamp: Stamp) -> None:
         captures = [capture for stage in self.chain.stages if (capture := stage.take_capture()) is not None]
         if captures:

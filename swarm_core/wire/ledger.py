@@ -37,6 +37,8 @@ COLUMNS = (
 )
 
 
+# In one report: 2 MB. A process whose anchor was away for a day may have counted a million.
+MOST_ROWS = 20_000
 OPPOSITE = {"down": "up", "up": "down"}
 Key = tuple[int, str, str, str]
 
@@ -79,10 +81,15 @@ class Ledger:
     def take_report(self, report: Report, tick: int, link: str, direction: str) -> bytes:
         """The payload of a REPORT frame with everything counted so far, that frame itself included.
 
-        Numbers in a row have a fixed width, so the payload's size is known before its own rows are filled in.
+        Numbers in a row have a fixed width, so the payload's size is known before its own rows are filled in. Of more than
+        MOST_ROWS the oldest go; `waiting` tells how many are left.
         """
         own = self._row(tick, link, direction, "control")
         self._count_wire(own, Wire(0, 0))  # the row of the answer is part of the report
+        later: dict[Key, LedgerRow] = {}
+        if len(self._sums) > MOST_ROWS:
+            others = self._sums.keys() - {(tick, link, way, "control") for way in OPPOSITE}
+            later = {key: self._sums.pop(key) for key in sorted(others)[MOST_ROWS:]}
         report.ledger = self._rows()
         size = len(to_bytes(report))
         own.dense_bytes += size
@@ -90,8 +97,13 @@ class Ledger:
         own.message_bytes += message_bytes(size)
         own.frames += 1
         self._count_wire(own, frame_wire(message_bytes(size), chunk_count(size), self.tls, alone=True))
-        self._sums = {}
+        self._sums = later
         return to_bytes(report)
+
+    @property
+    def waiting(self) -> int:
+        """Rows that nobody has taken yet."""
+        return len(self._sums)
 
     def take(self) -> list[LedgerRow]:
         """The rows counted since the last call, in order; the ledger is empty afterwards."""

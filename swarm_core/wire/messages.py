@@ -46,6 +46,7 @@ class FrameKind(enum.IntEnum):
     SNAPSHOT_HELD = 23
     SLICE = 24
     CORRECTION = 25
+    BOOKED = 26
 
 
 class Mode(enum.IntEnum):
@@ -76,6 +77,11 @@ class Hello:
     protocol: int = PROTOCOL
     manifest_digest: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    member: int = 0
+    at_work: bool = False
+    epoch: int = 0
+    tick: int = 0
+    basis_version: int = 0
 
 
 @dataclass
@@ -83,6 +89,7 @@ class Welcome:
     manifest: str = ""
     manifest_digest: str = ""
     epoch: int = 0
+    booked: int = 0
 
 
 @dataclass
@@ -126,6 +133,12 @@ class Report:
     numbers: dict[str, float] = field(default_factory=dict)
     words: dict[str, str] = field(default_factory=dict)
     ledger: list[LedgerRow] = field(default_factory=list)
+    number: int = 0
+
+
+@dataclass
+class Booked:
+    number: int = 0
 
 
 @dataclass

@@ -77,7 +77,7 @@ class FrameStream:
         self._ledger = ledger
         self._lock = asyncio.Lock()
         self._assembler = Assembler({})
-        self._limits = NO_LIMITS
+        self.limits = NO_LIMITS
         self._tick = 0  # of the newest frame sent
         self._sent_at = 0.0
         self.link = ""
@@ -98,7 +98,7 @@ class FrameStream:
 
     def pace(self, limits: Limits) -> FrameStream:
         """Keep to the limits of this host's line from now on."""
-        self._limits = limits
+        self.limits = limits
         return self
 
     async def keep_warm(self, over: asyncio.Future[Any], every_s: float = KEEP_WARM_S) -> None:
@@ -127,7 +127,7 @@ class FrameStream:
     async def send(self, frame: Frame, *, count: bool = True) -> None:
         """Write a frame and count it. Raises PeerLost when the stream is gone."""
         message = 0
-        up = self._limits.up
+        up = self.limits.up
         # What counts itself (a report) foretold its size in chunks of the usual size.
         chunk_bytes = up.chunk_bytes if up is not None and count else CHUNK_BYTES
         async with self._lock:
@@ -162,8 +162,8 @@ class FrameStream:
                 raise await self._lost(error) from None
             if message is grpc.aio.EOF:
                 return None
-            if self._limits.down is not None:
-                await self._limits.down.take(len(message))
+            if self.limits.down is not None:
+                await self.limits.down.take(len(message))
             frame = self._assembler.feed(message)
             if frame is not None and frame.header.kind is not FrameKind.WARM:
                 return frame
@@ -198,14 +198,22 @@ class Dialled(FrameStream):
             return from_status(await self._call.code(), await self._call.details() or "", self.peer)
         return await super()._lost(error)
 
+    async def done(self) -> None:
+        """Say that nothing more will be sent. Raises PeerLost when the stream is gone."""
+        async with self._lock:
+            try:
+                await self._call.done_writing()
+            except BROKEN as error:
+                raise await self._lost(error) from None
+
     async def finish(self, wait_s: float = 5.0) -> None:
         """Say that nothing more will be sent, wait until the peer has read it all and closed its side, then close."""
         try:
-            await self._call.done_writing()
+            await self.done()
             async with asyncio.timeout(wait_s):
                 while await self._read() is not grpc.aio.EOF:
                     pass
-        except (*BROKEN, TimeoutError):
+        except (*BROKEN, WireError, TimeoutError):
             pass
         await self.close()
 

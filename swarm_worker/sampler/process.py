@@ -40,6 +40,7 @@ from swarm_core.wire.messages import (
 )
 from swarm_core.wire.rollouts import rollouts_message
 from swarm_core.wire.streams import Dialled, dial
+from swarm_worker.anchor_link import AnchorLink, Standing
 from swarm_worker.membership import Membership, await_start, join, tell_failure
 from swarm_worker.sampler.collect import Collected
 from swarm_worker.sampler.evaluate import Evaluation
@@ -47,6 +48,7 @@ from swarm_worker.sampler.source import SamplerArguments, Source
 from swarm_worker.sampler.verify import failures
 
 log = logging.getLogger(__name__)
+LEAVE_S = 60.0  # for the last report, once the anchor has said that the run is over
 SAFETENSORS_HEADER = 1 << 20  # names and shapes beside the weights themselves
 
 
@@ -66,6 +68,7 @@ class SamplerProcess:
         self._orders: asyncio.Queue[Order] = asyncio.Queue()
         self._weights: asyncio.Queue[tuple[int, int, memoryview]] = asyncio.Queue()
         self._feeds: list[Dialled] = []
+        self._tick = 0  # of the newest order
 
     async def run(self) -> None:
         """Serve orders until the run ends. Raises typed errors with one readable line."""
@@ -77,7 +80,7 @@ class SamplerProcess:
             torch.set_num_threads(membership.manifest.config.run.threads)
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         tasks: list[asyncio.Task[None]] = []
-        source = None
+        source, link = None, None
         try:
             source = await self._call(Source, membership.manifest, a)
             await self._ready(membership, source)
@@ -85,24 +88,30 @@ class SamplerProcess:
             if start is None:
                 return
             await self._dial_stages(membership, source, start)
+            link = AnchorLink(membership, lambda: Standing(start.epoch, self._tick, source.basis_version))
             if self._signals:
-                self._on_signals(membership)
+                self._on_signals(link)
             tasks = [
                 asyncio.create_task(work)
                 for work in (
-                    self._read_anchor(membership, source),
-                    self._serve_orders(membership, source),
+                    self._serve_orders(link, source),
+                    link.run(),
+                    self._read_anchor(link, membership, source),
                     *(self._read_feed(stage, feed) for stage, feed in enumerate(self._feeds)),
                 )
             ]
             for task in tasks:
                 task.add_done_callback(self._task_done)
             log.info("the run is over: %s", await self.over)
-            tasks[1].cancel()  # orders: nothing is delivered any more, and the last report must be the last
-            await membership.anchor.send_report(Report(type="ledger", tick=source.version), source.version)
-            await membership.anchor.finish()
+            tasks[0].cancel()  # orders: nothing is delivered any more, and the last report must be the last
+            link.post_report(Report(type="ledger", tick=source.version))
+            if not await link.leave(LEAVE_S):
+                log.warning("the sampler leaves before the anchor has booked its last report")
         except Exception as error:
-            await tell_failure(membership, "the sampler", error)
+            if link is not None:
+                await link.last_words("the sampler", error)
+            else:
+                await tell_failure(membership, "the sampler", error)
             raise
         finally:
             for task in tasks:
@@ -142,19 +151,17 @@ class SamplerProcess:
             await feed.send(Frame(Header(FrameKind.HELLO, membership.run), hello))
             from_bytes(Welcome, (await feed.expect(FrameKind.WELCOME)).payload)
 
-    async def _read_anchor(self, membership: Membership, source: Source) -> None:
-        while (frame := await membership.anchor.receive()) is not None:
+    async def _read_anchor(self, link: AnchorLink, membership: Membership, source: Source) -> None:
+        while (frame := await link.receive()) is not None:
             match frame.header.kind:
                 case FrameKind.BASIS:
                     await asyncio.to_thread(source.hold_bases, membership.take_bases(frame))
                 case FrameKind.STOP:
                     if not self.over.done():
                         self.over.set_result(from_bytes(Stop, frame.payload).reason)
-                    return  # the last report is still to be sent: cancelling a read would end the stream
+                    return
                 case kind:
                     raise BadFrame(f"the anchor sent {kind.name}")
-        if not self.over.done():
-            raise PeerLost("the anchor closed its stream")
 
     async def _read_feed(self, stage: int, feed: Dialled) -> None:
         while (frame := await feed.receive()) is not None:
@@ -168,9 +175,10 @@ class SamplerProcess:
         if not self.over.done():
             raise PeerLost(f"stage {stage} closed its stream")
 
-    async def _serve_orders(self, membership: Membership, source: Source) -> None:
+    async def _serve_orders(self, link: AnchorLink, source: Source) -> None:
         while True:
             order = await self._orders.get()
+            self._tick = order.weight_version
             started = time.monotonic()
             if not source.replaying:
                 await self._fetch(order.weight_version, source)
@@ -180,29 +188,17 @@ class SamplerProcess:
                 generated_s = time.monotonic() - started - fetched_s
                 await self._deliver(order, collected)
                 verdicts = [sample.verdict for sample in collected.samples] if collected is not None else []
-                await self._complain(membership, order, failures(verdicts))
+                _complain(link, order, failures(verdicts))
                 if collected is not None and collected.metrics:
                     numbers = {**collected.metrics, "fetch_s": fetched_s, "generate_s": generated_s}
-                    await self._report(
-                        membership, Report("rollout", order.weight_version, {"batch": order.batch, **numbers})
-                    )
+                    link.post_report(Report("rollout", order.weight_version, {"batch": order.batch, **numbers}))
             if order.evaluate and source.can_evaluate:
                 plain, compressed = await self._call(source.evaluate)
-                await self._report(membership, self._evaluated(order, plain, compressed))
-                await self._complain(membership, order, plain.failures and f"evaluation: {plain.failures}")
+                link.post_report(self._evaluated(order, plain, compressed))
+                _complain(link, order, plain.failures and f"evaluation: {plain.failures}")
             elif order.evaluate:
                 words = {"event": "no_evaluation", "message": "this sampler replays: it has no model to evaluate"}
-                await self._report(membership, Report("event", order.weight_version, words=words))
-
-    async def _complain(self, membership: Membership, order: Order, text: str) -> None:
-        """Tell people, once a batch, that the reward function fails: a reward of 0 must not be all they see."""
-        if text:
-            log.warning("batch %d: %s", order.batch, text)
-            words = {"event": "verifier_failed", "message": f"batch {order.batch}: {text}"}
-            await self._report(membership, Report("event", order.weight_version, words=words))
-
-    async def _report(self, membership: Membership, report: Report) -> None:
-        await membership.anchor.send_report(report, report.tick)
+                link.post_report(Report("event", order.weight_version, words=words))
 
     async def _deliver(self, order: Order, collected: Collected | None) -> None:
         message = Rollouts(batch=order.batch, exhausted=True)
@@ -242,20 +238,27 @@ class SamplerProcess:
             numbers["eval/accuracy_compressed"] = compressed.accuracy
         return Report("eval", order.weight_version, numbers)
 
-    def _on_signals(self, membership: Membership) -> None:
+    def _on_signals(self, link: AnchorLink) -> None:
         loop = asyncio.get_running_loop()
-        tasks: list[asyncio.Task[None]] = []
+        asked = False
 
         def leave(name: str) -> None:
-            if tasks:
+            nonlocal asked
+            if asked:
                 if not self.over.done():
                     self.over.set_exception(KeyboardInterrupt(name))
                 return
             log.warning("%s: asking for the end of the run; once more to leave at once", name)
-            frame = Frame(Header(FrameKind.STOP), to_bytes(Stop(reason=f"the sampler got {name}")))
-            task = loop.create_task(membership.anchor.send(frame))
-            task.add_done_callback(self._task_done)
-            tasks.append(task)
+            link.post(Frame(Header(FrameKind.STOP), to_bytes(Stop(reason=f"the sampler got {name}"))))
+            asked = True
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, leave, number.name)
+
+
+def _complain(link: AnchorLink, order: Order, text: str) -> None:
+    """Tell people, once a batch, that the reward function fails: a reward of 0 must not be all they see."""
+    if text:
+        log.warning("batch %d: %s", order.batch, text)
+        words = {"event": "verifier_failed", "message": f"batch {order.batch}: {text}"}
+        link.post_report(Report("event", order.weight_version, words=words))

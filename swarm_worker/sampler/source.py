@@ -63,6 +63,7 @@ class Source:
         self._recorded: Iterator[RolloutBatch] | None = None
         self._at = 0
         self._bases: dict[tuple[int, Direction], Basis] = {}
+        self.basis_version = 0
         self.validation: list[Row] = []
         self._samples = (arguments.out / "samples.jsonl").open("a")
         if self.replaying:
@@ -105,6 +106,7 @@ class Source:
     def hold_bases(self, message: BasisSet) -> None:
         """The newest bases, for the evaluation of the compressed pipeline."""
         self._bases = read_bases(message, self.manifest)
+        self.basis_version = message.version
 
     def collect(self, order: Order) -> Collected | None:
         """The batch of an order; None when a recording is used up."""

@@ -259,6 +259,24 @@ def running(pid: int) -> bool:
         return False
 
 
+def test_an_anchor_that_is_killed_is_started_again_and_the_run_ends_in_order(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start_local(out)
+    family = children(process.pid)
+    os.kill(family[0], signal.SIGKILL)
+    carried_on, deadline = False, time.monotonic() + 60
+    while not carried_on and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+        carried_on = any(row.get("event") == "carries_on" for row in rows_of(out, "event"))
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert carried_on and process.returncode == 0, stdout + stderr
+    assert "the anchor ended with signal SIGKILL; the others go on, and it is started again (1 of 3)" in stderr
+    ticks = len((out / "journal.jsonl").read_text().splitlines())
+    assert [row["tick"] for row in rows_of(out, "tick")] == list(range(ticks))
+    assert (out / "checkpoints" / f"tick-{ticks:08d}" / "COMPLETE").exists()
+
+
 def test_a_child_that_dies_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start_local(out)

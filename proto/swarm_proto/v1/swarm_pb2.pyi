@@ -35,6 +35,7 @@ class FrameKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SNAPSHOT_HELD: _ClassVar[FrameKind]
     SLICE: _ClassVar[FrameKind]
     CORRECTION: _ClassVar[FrameKind]
+    BOOKED: _ClassVar[FrameKind]
 
 class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -76,6 +77,7 @@ SNAPSHOT: FrameKind
 SNAPSHOT_HELD: FrameKind
 SLICE: FrameKind
 CORRECTION: FrameKind
+BOOKED: FrameKind
 TRAIN: Mode
 SCORE: Mode
 REFERENCE: Mode
@@ -130,7 +132,7 @@ class FrameHeader(_message.Message):
     def __init__(self, run: _Optional[int] = ..., lineage: _Optional[int] = ..., kind: _Optional[int] = ..., mode: _Optional[int] = ..., epoch: _Optional[int] = ..., tick: _Optional[int] = ..., attempt: _Optional[int] = ..., batch: _Optional[int] = ..., slice: _Optional[int] = ..., microbatch: _Optional[int] = ..., receiver: _Optional[int] = ..., chunk: _Optional[int] = ..., chunks: _Optional[int] = ..., checksum: _Optional[int] = ..., total_bytes: _Optional[int] = ..., **kwargs) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("role", "stage", "replica", "address", "protocol", "manifest_digest", "versions")
+    __slots__ = ("role", "stage", "replica", "address", "protocol", "manifest_digest", "versions", "member", "at_work", "epoch", "tick", "basis_version")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +147,11 @@ class Hello(_message.Message):
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    AT_WORK_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TICK_FIELD_NUMBER: _ClassVar[int]
+    BASIS_VERSION_FIELD_NUMBER: _ClassVar[int]
     role: str
     stage: int
     replica: int
@@ -152,17 +159,24 @@ class Hello(_message.Message):
     protocol: int
     manifest_digest: str
     versions: _containers.ScalarMap[str, str]
-    def __init__(self, role: _Optional[str] = ..., stage: _Optional[int] = ..., replica: _Optional[int] = ..., address: _Optional[str] = ..., protocol: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    member: int
+    at_work: bool
+    epoch: int
+    tick: int
+    basis_version: int
+    def __init__(self, role: _Optional[str] = ..., stage: _Optional[int] = ..., replica: _Optional[int] = ..., address: _Optional[str] = ..., protocol: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., member: _Optional[int] = ..., at_work: _Optional[bool] = ..., epoch: _Optional[int] = ..., tick: _Optional[int] = ..., basis_version: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("manifest", "manifest_digest", "epoch")
+    __slots__ = ("manifest", "manifest_digest", "epoch", "booked")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BOOKED_FIELD_NUMBER: _ClassVar[int]
     manifest: str
     manifest_digest: str
     epoch: int
-    def __init__(self, manifest: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+    booked: int
+    def __init__(self, manifest: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., epoch: _Optional[int] = ..., booked: _Optional[int] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("parameters", "parameter_bytes", "model_fingerprint")
@@ -224,7 +238,7 @@ class LedgerRow(_message.Message):
     def __init__(self, tick: _Optional[int] = ..., link: _Optional[str] = ..., direction: _Optional[str] = ..., kind: _Optional[str] = ..., dense_bytes: _Optional[int] = ..., packet_bytes: _Optional[int] = ..., message_bytes: _Optional[int] = ..., frames: _Optional[int] = ..., wire_bytes: _Optional[int] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("type", "tick", "numbers", "words", "ledger")
+    __slots__ = ("type", "tick", "numbers", "words", "ledger", "number")
     class NumbersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -244,12 +258,20 @@ class Report(_message.Message):
     NUMBERS_FIELD_NUMBER: _ClassVar[int]
     WORDS_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     type: str
     tick: int
     numbers: _containers.ScalarMap[str, float]
     words: _containers.ScalarMap[str, str]
     ledger: _containers.RepeatedCompositeFieldContainer[LedgerRow]
-    def __init__(self, type: _Optional[str] = ..., tick: _Optional[int] = ..., numbers: _Optional[_Mapping[str, float]] = ..., words: _Optional[_Mapping[str, str]] = ..., ledger: _Optional[_Iterable[_Union[LedgerRow, _Mapping]]] = ...) -> None: ...
+    number: int
+    def __init__(self, type: _Optional[str] = ..., tick: _Optional[int] = ..., numbers: _Optional[_Mapping[str, float]] = ..., words: _Optional[_Mapping[str, str]] = ..., ledger: _Optional[_Iterable[_Union[LedgerRow, _Mapping]]] = ..., number: _Optional[int] = ...) -> None: ...
+
+class Booked(_message.Message):
+    __slots__ = ("number",)
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    def __init__(self, number: _Optional[int] = ...) -> None: ...
 
 class Saved(_message.Message):
     __slots__ = ("tick", "checkpoint", "file", "digest", "bytes")

@@ -43,7 +43,7 @@ class Member:
 
     def __init__(self, stage: int | None) -> None:
         self.stage = stage
-        self.membership = Membership(cast(Any, None), MANIFEST, "")
+        self.membership = Membership(cast(Any, None), MANIFEST, "", cast(Any, None))
         self.frames: list[BasisSet] = []
         self.digests: dict[Key, str] = {}
 
@@ -69,7 +69,7 @@ class Anchor:
         self.service = AnchorService(MANIFEST, self.screen, folder, None, Ledger())
         self.service.books = Books(folder)
         first = BasisSet(0, 0, [matrix_of(key, q(i), step=0.5) for i, key in enumerate(KEYS)])
-        self.keeper = self.service.keeper = BasisKeeper(MANIFEST.link(), 2, first)
+        self.keeper = self.service.slow.keeper = BasisKeeper(MANIFEST.link(), 2, first)
         self.stages, self.sampler = [Member(i) for i in range(3)], Member(None)
         for stage in self.stages:
             self.join(stage)
@@ -78,15 +78,15 @@ class Anchor:
     def join(self, member: Member) -> None:
         box = cast(Any, member)
         if member.stage is None:
-            self.service._samplers.append(box)
+            self.service.samplers.boxes[len(self.service.samplers.boxes)] = box
         else:
-            self.service._stages[member.stage] = box
-        self.service._post_bases(box, member.stage)
+            self.service.stages[member.stage] = box
+        self.service.slow.post_bases(box, member.stage)
 
     def refresh(self, seed: int) -> None:
         fits = {key: Fit(q(seed + i), q(seed + i).T, torch.ones(RANK), float(WIDTH)) for i, key in enumerate(KEYS)}
-        assert self.keeper.adopt(10 * seed, fits) is not None
-        self.service.send_bases()
+        self.service.slow.adopt_bases(10 * seed, fits)
+        assert self.keeper.current.tick == 10 * seed
 
 
 def played(work: Callable[[Anchor], None], folder: Path) -> None:
@@ -133,9 +133,9 @@ def test_versions_go_as_changes_in_a_row_and_a_newcomer_gets_the_newest_whole(tm
 
 def test_a_member_that_missed_a_version_gets_the_next_one_whole(tmp_path: Path) -> None:
     def work(anchor: Anchor) -> None:
-        away = anchor.service._stages.pop(1)
+        away = anchor.service.stages.pop(1)
         anchor.refresh(100)
-        anchor.service._stages[1] = away
+        anchor.service.stages[1] = away
         anchor.refresh(200)
         assert [m.frames[-1].delta for m in anchor.stages] == [True, False, True]
         assert everybody_holds_the_newest(anchor)
@@ -147,8 +147,8 @@ def test_a_member_refuses_changes_of_what_it_does_not_hold(tmp_path: Path) -> No
     def work(anchor: Anchor) -> None:
         anchor.refresh(100)
         stranger = cast(Any, Member(0))
-        anchor.service._bases_sent[stranger] = 0  # it never was
+        anchor.service.slow._bases_sent[stranger] = 0  # it never was
         with pytest.raises(BadFrame, match="came as changes of version 0, here is no version"):
-            anchor.service._post_bases(stranger, 0)
+            anchor.service.slow.post_bases(stranger, 0)
 
     played(work, tmp_path)

@@ -111,3 +111,60 @@ def test_a_checkpoint_is_complete_with_its_last_shard_whatever_comes_in_between(
 def test_a_checkpoint_name_that_leaves_its_folder_is_refused(name: str, file: str) -> None:
     with pytest.raises(BadFrame, match="stage 1 names a checkpoint"):
         full().saved(1, Saved(1, name, file, "d", 1))
+
+
+def at_work(stage: int, tick: int = 40) -> Hello:
+    return hello(stage, member=100 + stage, at_work=True, tick=tick)
+
+
+def restarted(stages: int = 3) -> Roster:
+    """Of an anchor that takes over from one that left these members at work."""
+    return Roster(stages, DIGEST, PRINT, {100 + stage for stage in range(stages)})
+
+
+def test_a_restarted_anchor_takes_over_with_the_last_member_at_work() -> None:
+    roster = restarted()
+    for stage in (2, 0):
+        roster.join(at_work(stage))
+        assert not roster.taken_over() and not roster.started and roster.at_work
+    roster.join(at_work(1))
+    assert roster.taken_over() and roster.started and roster.missing() == []
+    assert not roster.taken_over(), "once"
+    assert roster.addresses() == ["host0:70", "host1:70", "host2:70"]
+
+
+def test_a_member_on_a_new_stream_is_itself_and_nobody_else_gets_its_place() -> None:
+    roster = Roster(2, DIGEST, PRINT)
+    first = [roster.join(hello(stage, member=100 + stage)) for stage in range(2)]
+    for member in first:
+        roster.is_ready(member, READY)
+    first[0].away = True
+    with pytest.raises(StageTaken, match="comes anew, but this run is at work: a stage that died cannot rejoin yet"):
+        roster.join(hello(0, member=9))
+    with pytest.raises(StageTaken, match="at work at tick 40, but this anchor does not know it"):
+        roster.join(hello(0, member=9, at_work=True, tick=40))
+    assert roster.join(at_work(0)) is first[0] and not first[0].away
+    assert roster.join(at_work(0)) is first[0], "its old stream need not have ended"
+    with pytest.raises(StageTaken, match="already held by host0:70"):
+        roster.join(hello(0, member=9))
+
+
+def test_members_at_work_and_members_that_come_anew_do_not_mix() -> None:
+    roster = restarted()
+    roster.join(at_work(0))
+    with pytest.raises(StageTaken, match="^stage 1 comes anew, but this run is at work: a stage that died") as caught:
+        roster.join(hello(1, member=9))
+    assert "\n" not in str(caught.value)
+    roster = restarted()
+    for stage in range(2):
+        roster.join(hello(stage, member=stage + 1))
+    with pytest.raises(StageTaken, match="^stage 2 is at work at tick 40, but stage 0 has come anew") as caught:
+        roster.join(at_work(2))
+    assert "\n" not in str(caught.value)
+    assert roster.is_ready(roster.join(hello(2, member=3)), READY) is False, "all anew, but two still load"
+
+
+@pytest.mark.parametrize("known", [None, {1, 2}])
+def test_a_member_at_work_is_unknown_to_an_anchor_of_another_start(known: set[int] | None) -> None:
+    with pytest.raises(StageTaken, match=r"does not know it.*--resume"):
+        Roster(3, DIGEST, PRINT, known).join(at_work(0))

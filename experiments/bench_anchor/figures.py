@@ -1,4 +1,4 @@
-"""From turns to what corrections cost: ratios with their spread, what a snapshot adds to a tick, and the table. Pure."""
+"""From turns to what corrections cost: ratios with their spread, what a snapshot adds to a tick, the table. Pure."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def level(turns: Sequence[AnchorTurn], tokens: int) -> dict[str, float]:
 
 
 COLUMNS = (
-    "workload", "corrections", "tok/s", "ratio", "quartiles", "range", "median ticks", "stages' CPU", "quartiles",
-    "busy", "after a snapshot, tick / busy", "anchor's CPU a tick", "corrections made", "ticks that merged",
+    "corrections", "tok/s", "ratio", "quartiles", "range", "median ticks", "stages' CPU", "quartiles", "busy",
+    "after a snapshot, tick / busy", "anchor's CPU a tick", "corrections made", "ticks that merged",
 )  # fmt: skip
 
 
-def cells(workload: str, name: str, side: Mapping[str, Any]) -> list[str]:
+def cells(name: str, side: Mapping[str, Any]) -> list[str]:
     """One row of the table, in the order of COLUMNS. `side` has `level`, `run` and, unless it is off, `against`."""
 
     def pair(values: Sequence[float]) -> str:
@@ -106,9 +106,9 @@ def cells(workload: str, name: str, side: Mapping[str, Any]) -> list[str]:
         compared += [" / ".join(f"{1e3 * ratios[n]['median']:+.0f} ms" for n in ("added_tick_s", "added_busy_s"))]
     own = side["level"]
     ends = [f"{1e3 * own['anchor_cpu_s']:.0f} ms", str(run["made"]), f"{run['merged_ticks']} of {run['ticks']}"]
-    return [workload, name, f"{own['tokens_per_s']:,.0f}", *compared, *ends]
+    return [name, f"{own['tokens_per_s']:,.0f}", *compared, *ends]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [list(COLUMNS), ["---", "---", *["--:"] * (len(COLUMNS) - 2)], *rows]
+    lines = [list(COLUMNS), ["---", *["--:"] * (len(COLUMNS) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

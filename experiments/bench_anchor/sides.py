@@ -16,7 +16,7 @@ from pathlib import Path
 from experiments.bench.figures import SETTLING
 from experiments.bench.sides import Tick
 from experiments.bench.swarm_side import TURN_LIMIT_S, SwarmSide
-from experiments.bench.workload import ROOT, TINY, TINY_MODEL, Setup, Workload
+from experiments.bench.workload import ROOT, TINY_MODEL, Setup, Workload
 from experiments.bench.workload import build as build_identity
 from experiments.children import BenchError, Child
 from swarm_core.knobs import AnchorSection
@@ -32,12 +32,6 @@ SIDES = {
     "on": ("corrections.merger=held_delta",),
     f"on, every {OFTEN} ticks": ("corrections.merger=held_delta", f"anchor.m_cadence={OFTEN}"),
 }
-# Four times the weights of `tiny` and half its tokens: a correction costs by the weight, a tick by weight and token.
-MIDDLE = Workload(
-    "middle", 64, prompts=8, group_size=8, microbatch_size=16, length=24, shortest_prompt=8, longest_prompt=12,
-    turn=CADENCE, hidden=192, intermediate=512, layers=6, heads=6, kv_heads=2,
-)  # fmt: skip
-WORKLOADS = {workload.name: workload for workload in (TINY, MIDDLE)}
 # An idle side uses next to no CPU: two of the kernel's clock ticks in a look are more than its timers take.
 LOOK_S, IDLE_S = 0.25, 0.02
 

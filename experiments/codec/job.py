@@ -62,7 +62,9 @@ class Job:
     def uncompressed(self) -> RunConfig:
         """The same run with links that change no bit."""
         kept = {key: value for key, value in self.overrides.items() if not key.startswith("links.")}
-        return load(MODELS[self.model].run_file, {**_APART, **kept, "run.seed": str(self.seed), "links.kind": "identity"})
+        return load(
+            MODELS[self.model].run_file, {**_APART, **kept, "run.seed": str(self.seed), "links.kind": "identity"}
+        )
 
 
 def run_job(job: Job, folder: Path) -> dict[str, Any]:

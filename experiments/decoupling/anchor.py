@@ -41,10 +41,9 @@ class LaggingAnchor:
         self.manifest, self._fires, self._chain = manifest, fires, chain
         shape = read_shape(model_path)
         self._named = [tensor_shapes(shape, span) for span in manifest.spans]
-        shapes = [list(named.values()) for named in self._named]
+        self.shapes = [list(named.values()) for named in self._named]
         self._spec, seed = correction_spec(manifest.config), manifest.config.run.seed
-        self._encoders = [CorrectionEncoder(self._spec, of, seed + i) for i, of in enumerate(shapes)]
-        self._shapes = shapes
+        self._encoders = [CorrectionEncoder(self._spec, of, seed + i) for i, of in enumerate(self.shapes)]
         self._hf_config = hf_config(model_path)
         self._means: Gradients | None = None
         self._held: list[list[Tensor] | None] = [None] * manifest.stages  # what the next snapshot is a delta against
@@ -55,7 +54,7 @@ class LaggingAnchor:
         first = captures[0]
         for number, capture in enumerate(captures):
             self._ship(number, capture)
-        exact = self._smoothed(self._replayed(captures, self._slice(captures)))
+        exact = self._smoothed(self.replayed(captures, self._slice(captures)))
         latency = self._fires.fire_tick(first.version) - self._fires.tick_of(first.version)
         fire = first.tick + max(1, latency)
         decoded = []
@@ -63,24 +62,27 @@ class LaggingAnchor:
             packet = encoder.encode(parts)
             about = first.version, first.tick, first.tick, fire, first.lineage
             payload = to_bytes(Correction(*about, packet, digest_of(packet)))
-            self._count(FrameKind.CORRECTION, first.tick, number, "down", payload)
+            self.count(FrameKind.CORRECTION, first.tick, number, "down", payload)
             message, correcting = from_bytes(Correction, payload), self._chain.stages[number].correcting
             assert correcting is not None
             correcting.check(message)
             correcting.hold(message)
-            decoded.append(corrections.decode(packet, self._spec, self._shapes[number]))
+            decoded.append(corrections.decode(packet, self._spec, self.shapes[number]))
         return cosine(decoded, exact)
 
-    def _replayed(self, captures: Sequence[Capture], batch: Batch) -> Gradients:
-        """M, or with held_delta M - G_comp, at the snapshot's weights."""
-        weights, tick = [capture.weights for capture in captures], captures[0].tick
-        replay = DenseReplay(self.manifest, lambda i: self._opened(i, weights[i]), torch.device("cpu"))
-        dense = replay.run(batch, codec=False, tick=tick).gradients
+    def replayed(self, captures: Sequence[Capture], batch: Batch) -> Gradients:
+        """What the merger needs of a snapshot: M, or M - G_comp."""
+        dense = self.gradients(captures, batch, codec=False)
         if self.manifest.config.corrections.merger == "held_delta":
-            compressed = replay.run(batch, self._bases(captures[0].basis_version), codec=True, tick=tick).gradients
-            for m, g in zip(dense, compressed, strict=True):
-                torch._foreach_sub_(m, g)
+            return difference(dense, self.gradients(captures, batch, codec=True))
         return dense
+
+    def gradients(self, captures: Sequence[Capture], batch: Batch, *, codec: bool) -> Gradients:
+        """Of the slice at the snapshot's weights, dense or as it was seen through the links."""
+        weights = [capture.weights for capture in captures]
+        replay = DenseReplay(self.manifest, lambda i: self._opened(i, weights[i]), torch.device("cpu"))
+        bases = self._bases(captures[0].basis_version) if codec else None
+        return replay.run(batch, bases, codec=codec, tick=captures[0].tick).gradients
 
     def _opened(self, number: int, weights: Sequence[Tensor]) -> Stage:
         named = {name: t.float() for name, t in zip(self._named[number], weights, strict=True)}
@@ -103,7 +105,7 @@ class LaggingAnchor:
         self._held[number] = capture.weights
         about = capture.version, capture.tick, capture.lineage, capture.version - 1, len(packet), 0
         payload = to_bytes(Snapshot(*about, packet, digest_of(packet)))
-        self._count(FrameKind.SNAPSHOT, capture.tick, number, "up", payload)
+        self.count(FrameKind.SNAPSHOT, capture.tick, number, "up", payload)
 
     def _slice(self, captures: Sequence[Capture]) -> Batch:
         """What the tick consumed: from stage 0 the sequences, from the last one the log-probs that they were scored with."""
@@ -112,12 +114,16 @@ class LaggingAnchor:
         for number in ends:
             capture = captures[number]
             payload = to_bytes(slice_message(capture.slice, capture.scored, vocab))
-            self._count(FrameKind.SLICE, capture.tick, number, "up", payload)
+            self.count(FrameKind.SLICE, capture.tick, number, "up", payload)
             got.append(from_bytes(Slice, payload))
         return read_slice(got[0], got[-1], self.manifest.config.swarm.microbatch_size, vocab)
 
-    def _count(self, kind: FrameKind, tick: int, number: int, direction: str, payload: bytes) -> None:
+    def count(self, kind: FrameKind, tick: int, number: int, direction: str, payload: bytes) -> None:
         self._chain.count(kind, tick, f"anchor-stage{number}", direction, len(payload))
+
+
+def difference(a: Gradients, b: Gradients) -> Gradients:
+    return [[x - y for x, y in zip(*parts, strict=True)] for parts in zip(a, b, strict=True)]
 
 
 def cosine(a: Gradients, b: Gradients) -> float:

@@ -28,8 +28,9 @@ class LaggingTraining(Training):
 
     def __init__(self, config: RunConfig, folder: Path, basis_lag: int = 0, cold_prompts: int = 0) -> None:
         super().__init__(config, folder)
-        merges = config.corrections.merger != "none"
-        self._anchor = LaggingAnchor(self.manifest, self.model_path, self.chain) if merges else None
+        self.anchor: LaggingAnchor | None = None
+        if config.corrections.merger != "none":
+            self.anchor = LaggingAnchor(self.manifest, self.model_path, self.chain)
         self._lag, self._cold_prompts = basis_lag, cold_prompts
         self._made = self.bases
         self._waiting: list[tuple[int, BasisSet]] = []
@@ -39,8 +40,8 @@ class LaggingTraining(Training):
     def ticked(self, stamp: Stamp) -> None:
         captures = [capture for stage in self.chain.stages if (capture := stage.take_capture()) is not None]
         if captures:
-            assert self._anchor is not None
-            self.cosines[stamp.tick] = self._anchor.take(captures)
+            assert self.anchor is not None
+            self.cosines[stamp.tick] = self.anchor.take(captures)
         due = [bases for tick, bases in self._waiting if tick <= stamp.tick]
         self._waiting = [(tick, bases) for tick, bases in self._waiting if tick > stamp.tick]
         for bases in due:

@@ -229,6 +229,32 @@ def test_a_run_that_finishes_without_its_anchor_waits_for_it_and_no_basis_is_num
     assert versions == list(range(1, len(versions) + 1))
 
 
+def test_corrections_go_on_with_an_anchor_that_carries_on(
+    recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = {**KNOBS, "corrections": {"merger": "held_delta"}}
+    knobs["anchor"] = {**KNOBS["anchor"], "m_cadence": 2, "latency": "natural"}
+    out = tmp_path / "run"
+    gate, anchor = Gate(monkeypatch, GATE), Anchor(recipe().run_file(**knobs), out)
+
+    async def during() -> None:
+        await until(lambda: events(out, "correction"))
+        anchor.kill()
+        await until(lambda: journal(out) == 4 * GATE)
+        anchor.resume()
+        await until(lambda: events(out, "carries_on"))
+        before = len(events(out, "correction"))
+        await until(lambda: len(events(out, "correction")) > before)  # of what was snapshot while it was away
+        gate.opened.set()
+
+    assert asyncio.run(disturbed(anchor, during)) == [None] * (STAGES + 1)
+    assert anchor.process.returncode == 0
+    check_books(out)
+    versions = [int(message.split(",")[0]) for message in events(out, "correction")]
+    assert versions == sorted(set(versions))
+    assert not events(out, "replay_failed")
+
+
 def test_a_run_without_its_anchor_ticks_to_its_end_and_says_what_is_missing(
     recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""The bench of the anchor's price: sides that differ in their corrections alone, turns that hold what they claim to, a live one."""
+"""The bench of what the anchor costs: sides that differ in their corrections alone, turns that hold what they claim."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experiments.bench_anchor.sides import CADENCE, LINKS, OFF, OFTEN, SETTLE, S
 from swarm_core.config import RunConfig, load, parse_overrides
 
 SMALL = Workload(
-    "tiny", 18, prompts=4, group_size=4, microbatch_size=4, length=10, shortest_prompt=3, longest_prompt=6, turn=1,
+    "small", 18, prompts=4, group_size=4, microbatch_size=4, length=10, shortest_prompt=3, longest_prompt=6, turn=1,
     hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1,
 )  # fmt: skip
 
@@ -72,7 +72,6 @@ def test_a_side_takes_turns_and_merges(tmp_path: Path) -> None:
     side = start(SMALL, tmp_path, "on", ["anchor.m_cadence=4"])
     try:
         settling, counted = side.anchor_turn(3), side.anchor_turn(8)
-        side.close()
     finally:
         side.kill()
     assert [settling.first, counted.first, len(counted.ticks)] == [0, 3, 8]
@@ -83,5 +82,5 @@ def test_a_side_takes_turns_and_merges(tmp_path: Path) -> None:
     assert found["run"]["wait_s"] in (None, 0.0)
     off = {"level": found["level"], "run": found["run"]}
     machine = dict.fromkeys(("date", "cpu", "cores", "memory_gib", "kernel", "python", "torch"), "x") | {"load": [0, 0]}
-    page = report({"tiny": {OFF: off, "on": found}}, 1, machine)
-    assert "| tiny | on | " in page and "its sum\nis 0 s" in page
+    page = report({OFF: off, "on": found}, 1, machine)
+    assert "| on | " in page and "its sum is 0 s" in page

@@ -172,7 +172,9 @@ def test_bytes_stand_beside_the_fast_path(corrected: RunRecord) -> None:
         ["22.4 MB", "140.0 kB", "1.40"], ["800.0 kB", "5.0 kB", "0.05"], ["23.2 MB", "145.0 kB", "1.45"],
         ["103.4 MB", "646.2 kB", "6.46"],
     ]  # fmt: skip
-    wanted = "1.40 times the bytes of its fast path; it should be below 2, and is. With all other upkeep it is 1.45 times."
+    wanted = (
+        "1.40 times the bytes of its fast path; it should be below 2, and is. With all other upkeep it is 1.45 times."
+    )
     assert wanted in words(section)
     assert summary.full_text == "8.06 % with bases, snapshots and corrections"
     dear = [*corrected.ledger, LedgerRow(0, "anchor-stage0", "up", "snapshot", 0, 0, 20_000_000, None, 1)]

@@ -6,8 +6,9 @@ batches, where it must not. Both are measured here against the ticks that no ref
 
 Only like is compared with like: the clip fraction grows with every step on a batch, so a tick is held against other
 batches' ticks at the same place (pass, slice), and the ticks of a batch before its first step, whose ratio is 1 by
-construction, are left out. The ticks of a batch belong together, so that batches are what is counted: each gives one
-number. Intervals are Welch's (Biometrika 34, 1947), with Student's t.
+construction, are left out. It falls as a policy gets sure, so a batch is held against its neighbours: the one before
+it and the one behind it that no refresh touched. The ticks of a batch belong together, so that batches are what is
+counted: each gives one number. Intervals are Welch's (Biometrika 34, 1947), with Student's t.
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ def sort_ticks(rows: Iterable[Mapping[str, Any]], key: str = CLIP_FRACTION) -> l
 
 
 def compare_batches(ticks: Sequence[RefreshTick], group: Group) -> list[Comparison]:
-    """The batches of `group` against those without a refresh, pass by pass and, last, over all passes. Empty where
-    either side has nothing that can be compared."""
+    """The batches of `group` against those without a refresh, each less its neighbours without one; pass by pass and,
+    last, over all passes. Empty where either side has nothing that can be compared."""
     reference = _reference(ticks)
     usable = [t for t in ticks if t.value is not None and t.stepped and t.place in reference]
     compared = []
@@ -134,9 +135,12 @@ def compare_batches(ticks: Sequence[RefreshTick], group: Group) -> list[Comparis
         ours, others = ([t for t in chosen if t.group == name] for name in (group, "other"))
         if not ours or not others:
             continue
-        above = [_by_batch((t.batch, (t.value or 0.0) - reference[t.place]) for t in side) for side in (ours, others)]
+        level = [_by_batch((t.batch, (t.value or 0.0) - reference[t.place]) for t in side) for side in (ours, others)]
+        above = [_less_neighbours(side, level[1]) for side in level]
+        if not all(above):
+            continue
         difference, half = welch(*above)
-        here = mean_of(_by_batch((t.batch, t.value or 0.0) for t in ours)).mean
+        here = mean_of(list(_by_batch((t.batch, t.value or 0.0) for t in ours).values())).mean
         batches, rest = (
             Mean(mean, mean_of(side).error, len(side))
             for mean, side in zip((here, here - difference), above, strict=True)
@@ -164,8 +168,10 @@ def compare_jumps(ticks: Sequence[RefreshTick]) -> Jump | None:
     norm = {places: mean_of([change for _, change in changes]).mean for places, changes in usual.items()}
     above = [change - norm[old.place, new.place] for old, new, change in jumps if (old.place, new.place) in norm]
     met = {(old.place, new.place) for old, new, _ in jumps} & set(norm)
-    level = _by_batch(change for places in met for change in usual[places])
-    spread = _by_batch((batch, change - norm[places]) for places in met for batch, change in usual[places])
+    level = list(_by_batch(change for places in met for change in usual[places]).values())
+    spread = list(
+        _by_batch((batch, change - norm[places]) for places in met for batch, change in usual[places]).values()
+    )
     excess, excess_half = welch(above, spread) if above else (None, None)
     return Jump(
         before=mean_of([old.value or 0.0 for old, _, _ in jumps]),
@@ -192,12 +198,26 @@ def _reference(ticks: Iterable[RefreshTick]) -> dict[Place, float]:
     return {place: mean.mean for place, mean in by_place([t for t in ticks if t.stepped], "other")}
 
 
-def _by_batch(values: Iterable[tuple[int, float]]) -> list[float]:
+def _less_neighbours(levels: Mapping[int, float], others: Mapping[int, float]) -> list[float]:
+    """Each batch less the mean of the nearest ones of `others` on both sides. Those at an end of the run are left out:
+    with a neighbour on one side alone a trend would be taken for an effect."""
+    found = []
+    for batch, level in levels.items():
+        before, behind = (
+            max((b for b in others if b < batch), default=None),
+            min((b for b in others if b > batch), default=None),
+        )
+        if before is not None and behind is not None:
+            found.append(level - (others[before] + others[behind]) / 2)
+    return found
+
+
+def _by_batch(values: Iterable[tuple[int, float]]) -> dict[int, float]:
     """One number a batch: the mean of its own."""
     found: dict[int, list[float]] = {}
     for batch, value in values:
         found.setdefault(batch, []).append(value)
-    return [sum(of) / len(of) for of in found.values()]
+    return {batch: sum(of) / len(of) for batch, of in found.items()}
 
 
 def mean_of(values: Sequence[float]) -> Mean:

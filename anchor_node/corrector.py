@@ -133,6 +133,8 @@ class Corrector:
         """A part of a stage's weights; the answer for that stage."""
         try:
             self._check(header, epoch, message.version, message.tick)
+            if message.version == self._store.base_version(stage):
+                return SnapshotHeld(message.version, message.total_bytes, whole=True)  # the last answer was lost
             held = self._store.part(stage, message)
             if held < message.total_bytes:
                 return SnapshotHeld(message.version, held)

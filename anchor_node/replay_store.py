@@ -48,6 +48,7 @@ class ReplayStore:
         self._root = out / FOLDER
         self._shapes, self._dtype = shapes, dtype
         self._arriving: dict[int, Snapshot] = {}  # without its bytes, by stage
+        self._whole: dict[int, int] = {}  # the newest version that is here whole, by stage; read from the files once
 
     # Snapshots in ------------------------------------------------------------------------------------------------------
 
@@ -100,11 +101,14 @@ class ReplayStore:
         _renamed(path, lambda to: save_file(tensors, to, metadata={"version": str(about.version)}))
         newest = self._root / "base" / path.name
         _renamed(newest, lambda to: os.link(path, to))
+        self._whole[stage] = about.version
         return path.stat().st_size
 
     def base_version(self, stage: int) -> int:
         """The newest version of a stage's weights that is here whole; 0: none."""
-        return self._base(stage, read=False)[0]
+        if stage not in self._whole:
+            self._whole[stage] = self._base(stage, read=False)[0]
+        return self._whole[stage]
 
     def _base(self, stage: int, *, read: bool = True) -> tuple[int, list[Tensor] | None]:
         path = self._root / "base" / f"stage-{stage:02d}.safetensors"

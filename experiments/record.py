@@ -38,7 +38,7 @@ def facts(load_before: float | None = None) -> dict[str, Any]:
 def write(
     name: str, page: str, machine: Mapping[str, Any], numbers: Mapping[str, Any], folder: Path = BENCHMARKS
 ) -> None:
-    """NAME.md and NAME.json, the numbers behind the machine's facts; what is not finite (an interval over one value) as null."""
+    """NAME.md and NAME.json, the numbers behind the machine's facts; an infinite one (an interval of one value) is null."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(page)
     (folder / f"{name}.json").write_text(json.dumps(_finite({"machine": machine, **numbers}), indent=1) + "\n")

@@ -1,5 +1,7 @@
-"""Jobs in processes of their own, as many side by side as asked for, their rows appended to a results file. What a job does is
-told by who calls. Spawned: never a fork after torch has computed."""
+"""Jobs in processes of their own, as many side by side as asked for, rows into a results file. Knows no job's work.
+
+Spawned: never a fork after torch has computed.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ Run = Callable[[J, Path], Row]  # of a module: it is found again by its name in 
 
 
 def run_missing(jobs: Sequence[J], run: Run[J], file: Path, workers: int, figures: Callable[[Row], str]) -> int:
-    """Run the jobs whose rows `file` does not have yet, with a line each; how many failed. Ctrl-C loses what is under way."""
+    """Run the jobs whose rows `file` does not have yet, a line each; how many failed. Ctrl-C loses what is under way."""
     done = {results.key(row) for row in results.read(file)}
     waiting = [job for job in jobs if job.key not in done]
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done already", flush=True)

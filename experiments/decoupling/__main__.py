@@ -1,4 +1,4 @@
-"""`python -m experiments.decoupling`: what stale corrections do to training, and which of staleness' two clocks does it.
+"""`python -m experiments.decoupling`: what stale corrections do to training, and which of their clocks does it.
 
 run      train the cells that the results file does not have yet; Ctrl-C loses only what is under way
 table    print the tables; with --record write decoupling.md, .json and the plots to benchmarks/
@@ -95,11 +95,11 @@ def _is_built(name: str, run_file: Path) -> bool:
 
 def _figures(row: results.Row) -> str:
     if row["cell"].partition("+")[0] == SIZE_CELL:
-        return f"{row['fast_per_tick']:,.0f} bytes a tick on the fast path, {row['cpu_s']:.0f} s CPU, {row['wall_s']:.0f} s"
-    return (
-        f"accuracy {figures.final(row):.4f}, lowest {figures.lowest(row):.4f}, dose {figures.dose(row):.4f}, "
-        f"{row['cpu_s']:.0f} s CPU, {row['wall_s']:.0f} s"
-    )
+        what = f"{row['fast_per_tick']:,.0f} bytes a tick on the fast path"
+    else:
+        ends = figures.final(row), figures.lowest(row), figures.dose(row)
+        what = "accuracy {:.4f}, lowest {:.4f}, dose {:.4f}".format(*ends)
+    return f"{what}, {row['cpu_s']:.0f} s CPU, {row['wall_s']:.0f} s"
 
 
 def _table(arguments: argparse.Namespace) -> int:
@@ -156,14 +156,14 @@ def _declared(rows: list[results.Row]) -> dict[str, list[results.Row]]:
 
 def _workload(rows: list[results.Row]) -> str:
     """What the cells have in common, in a line."""
-    c = Job(next(iter(GRID)), 0).config()
-    problems = next((row["problems"] for row in rows if "problems" in row), 0)
+    config = Job(next(iter(GRID)), 0).config()
+    g, problems = config.grpo, next((row["problems"] for row in rows if "problems" in row), 0)
     ranks = f"rank {WORKLOAD['links.rank_forward']} down and {WORKLOAD['links.rank_backward']} up of 96"
     return (
-        f"examples/tiny: {problems} validation problems; {c.run.ticks} ticks, {c.grpo.prompts_per_batch} prompts x "
-        f"{c.grpo.completions_per_prompt} completions in {c.grpo.ticks_per_pass} ticks, {c.grpo.max_reuse} pass; lr {c.optimizer.lr:g}, "
-        f"constant; three stages, links of {ranks}. One thread a run: the swarm's own lead, stages, packets, sampler, calibrator and "
-        "replay, in a fixed order."
+        f"examples/tiny: {problems} validation problems; {config.run.ticks} ticks, {g.prompts_per_batch} prompts x "
+        f"{g.completions_per_prompt} completions in {g.ticks_per_pass} ticks, {g.max_reuse} pass; lr "
+        f"{config.optimizer.lr:g}, constant; three stages, links of {ranks}. One thread a run: the swarm's own lead, "
+        "stages, packets, sampler, calibrator and replay, in a fixed order."
     )
 
 

@@ -1,8 +1,8 @@
-"""The slow anchor in one thread, its latency exact: captures in, corrections out, merged from tick s + K on. No stream, no clock.
+"""The slow anchor in one thread, its latency exact: captures in, corrections out. No stream, no clock, no training.
 
-What a swarm's anchor does on a thread of its own happens here at the end of the snapshot tick: weights and slice cross as
-their frames' payloads, are replayed, and what comes of it is held by every stage at once. `not_before` makes the latency:
-the lead stamps a correction from tick s + K on.
+What a swarm's anchor does on a thread of its own happens here at the end of the snapshot tick: weights and slice cross
+as their frames' payloads, are replayed, and what comes of it is held by every stage at once. `not_before` makes the
+latency: the lead stamps a correction from tick s + K on, not before.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ class LaggingAnchor:
         self._held: list[list[Tensor] | None] = [None] * manifest.stages  # what the next snapshot is a delta against
 
     def take(self, captures: Sequence[Capture]) -> float:
-        """The captures of one tick, one a stage: replay it, and let every stage hold its correction. Returns what the wire
-        form keeps of the corrections: cos(decoded, exact) over all stages."""
+        """The captures of one tick, one a stage: replay it, and let every stage hold its correction.
+
+        Returns what the wire form keeps of the corrections: cos(decoded, exact) over all stages.
+        """
         first = captures[0]
         for number, capture in enumerate(captures):
             self._ship(number, capture)
@@ -108,7 +110,7 @@ class LaggingAnchor:
         self.count(FrameKind.SNAPSHOT, capture.tick, number, "up", payload)
 
     def _slice(self, captures: Sequence[Capture]) -> Batch:
-        """What the tick consumed: from stage 0 the sequences, from the last one the log-probs that they were scored with."""
+        """What the tick consumed: from stage 0 the sequences, from the last one the log-probs of their score pass."""
         vocab, ends = self.manifest.vocab, sorted({0, len(captures) - 1})
         got = []
         for number in ends:

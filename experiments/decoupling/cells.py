@@ -1,4 +1,4 @@
-"""The cells of the decoupling experiment: names for overrides of a run file, and how bases are refreshed in them. Runs nothing."""
+"""The cells of the decoupling experiment: overrides of a run file by name, and how bases are refreshed. Runs nothing."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ EFFECTS = [
     ("q_cadence 5 to 20 without a merger", "none, cadence 20", "none, cadence 5"),
 ]
 
-# A basis takes a tick to be made, so a new one arrives between the two ticks of a batch: in the window that pinning closes.
-# Reuse deltas refer to one basis, so all four go without. A cold fit on 8 prompts keeps about half of the old subspace.
+# A basis takes a tick to be made, so a new one arrives between the two ticks of a batch, in the window that pinning
+# closes. Reuse deltas refer to one basis: all four go without. A cold fit on 8 prompts keeps half of the old subspace.
 UNPINNED = {"anchor.pin_basis": "false"}
 PINNING = {
     f"{jump}, {how}": Cell(

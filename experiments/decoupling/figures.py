@@ -1,4 +1,4 @@
-"""From rows of single runs to figures of cells: means over seeds, paired differences, curves; all with t-intervals. Pure."""
+"""From rows of single runs to figures of cells: means, paired differences, curves, all with t-intervals. Pure."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Cell:
     """One line of the table. Differences are to the runs of the same seeds; None where there are none.
 
     `final`, `lowest`, `mean`: exact accuracy of the weights, at the end, at its lowest evaluation, and over all of them.
-    `length`, `entropy`, `clip`: of the last quarter. `dose`: mean over all ticks of ||dose|| / ||merged gradient||, 0 where
-    none was merged; the other figures of a correction are means over the ticks that merged one, 0 for a cell without.
+    `length`, `entropy`, `clip`: of the last quarter. `dose`: mean over all ticks of ||dose|| / ||merged gradient||, 0
+    where none was merged; the other figures of a correction are means over the ticks that merged one, 0 without any.
     """
 
     name: str
@@ -158,9 +158,9 @@ def refreshes(rows: Sequence[Row]) -> list[int]:
 
 @dataclass(frozen=True)
 class Pinning:
-    """The second ticks of batches (in the first the ratio is 1): those of a batch that meets a new basis, and the others.
+    """The second ticks of batches (in the first the ratio is 1): where a batch meets a new basis, and elsewhere.
 
-    Clip fractions: mean over seeds of the mean over batches; `largest` of a batch after a refresh, and `others_largest`.
+    Clip fractions: mean over seeds of the mean over batches, and the largest of either kind.
     `overlap`: mean share of the old subspace that the new one keeps.
     """
 
@@ -173,17 +173,12 @@ class Pinning:
     difference: Interval
     largest: float
     others_largest: float
-    others_quantile: float
-    kl_after: Interval
-    kl_others: Interval
     final: Interval
 
 
 def pinning(name: str, rows: Sequence[Row]) -> Pinning:
     """Sum up one cell of the pinning part."""
-    split = [_second_ticks(row, "clip") for row in rows]
-    kl = [_second_ticks(row, "kl_old") for row in rows]
-    others = sorted(value for _, values in split for value in values)
+    split = [_second_ticks(row) for row in rows]
     return Pinning(
         name=name,
         seeds=len(rows),
@@ -193,10 +188,7 @@ def pinning(name: str, rows: Sequence[Row]) -> Pinning:
         others=interval([_mean(rest) for _, rest in split]),
         difference=interval([_mean(after) - _mean(rest) for after, rest in split]),
         largest=max((value for after, _ in split for value in after), default=0.0),
-        others_largest=others[-1] if others else 0.0,
-        others_quantile=others[int(0.95 * len(others))] if others else 0.0,
-        kl_after=interval([_mean(after) for after, _ in kl]),
-        kl_others=interval([_mean(rest) for _, rest in kl]),
+        others_largest=max((value for _, rest in split for value in rest), default=0.0),
         final=interval([final(row) for row in rows]),
     )
 
@@ -211,9 +203,9 @@ def second_tick_curve(rows: Sequence[Row]) -> Curve:
     return [_point(tick, values) for tick, values in sorted(points.items())]
 
 
-def _second_ticks(row: Row, series: str) -> tuple[list[float], list[float]]:
-    """(values in batches that meet a new basis, values in the others)."""
-    versions, values = row["series"]["basis"], row["series"][series]
+def _second_ticks(row: Row) -> tuple[list[float], list[float]]:
+    """Clip fractions: (in batches that meet a new basis, in the others)."""
+    versions, values = row["series"]["basis"], row["series"]["clip"]
     after: list[float] = []
     others: list[float] = []
     for tick in _seconds(row):

@@ -1,4 +1,4 @@
-"""One cell with one seed: train beside a lagging anchor, evaluate along the way, and one row of figures. Writes no results."""
+"""One cell with one seed: train beside a lagging anchor, evaluate along the way, one row of figures. Keeps no results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ SERIES = {  # what is kept of every tick, by the name in a row
     "length": "completions/mean_length",
     "entropy": "entropy",
     "clip": "clip_ratio/region_mean",
-    "kl_old": "policy/kl_old",
     "batch": "batch",
     "basis": "basis/version",
     "version": "correction/version",
@@ -62,11 +61,8 @@ class Job:
 
     @property
     def overrides(self) -> dict[str, str]:
-        return {
-            **(SIZES[self.model][2] if self.cell == SIZE_CELL else WORKLOAD),
-            **self.spec.overrides,
-            **dict(self.extra),
-        }
+        shared = SIZES[self.model][2] if self.cell == SIZE_CELL else WORKLOAD
+        return {**shared, **self.spec.overrides, **dict(self.extra)}
 
     @property
     def settings(self) -> str:
@@ -85,9 +81,8 @@ class Job:
 
     def uncompressed(self) -> RunConfig:
         """The same model and batches over links that change no bit, with nothing beside them."""
-        kept = {
-            key: value for key, value in self.overrides.items() if not key.startswith(("links.", "anchor.", "corr"))
-        }
+        own = ("links.", "anchor.", "corrections.")
+        kept = {key: value for key, value in self.overrides.items() if not key.startswith(own)}
         return load(RUN_FILE, {**kept, "links.kind": "identity", "corrections.merger": "none"})
 
 

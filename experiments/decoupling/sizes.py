@@ -27,7 +27,6 @@ APART = 20  # ticks from one snapshot to the next; a delta over three of them is
 SPANS = (1, 3)
 ROUNDED: dict[str, int | None] = {"bf16": BF16_BITS, "tf32": TF32_BITS, "exact": None}
 FORMS = ("sign", "lowrank", "topk", "bf16")
-FAST_KINDS = ("activation", "gradient")
 SNAPSHOTS = {
     "anchor.m_cadence": str(APART),
     "anchor.latency": "natural",
@@ -103,16 +102,18 @@ def weigh(name: str, overrides: dict[str, str], folder: Path) -> dict[str, Any]:
     finally:
         training.close()
     ledger = training.chain.ledger.take()
-    by_kind = {
-        kind: sum(row.message_bytes for row in ledger if row.kind == kind) for kind in (*FAST_KINDS, "basis", "sketch")
-    }
+
+    def per_tick(*kinds: str) -> float:
+        return sum(row.message_bytes for row in ledger if row.kind in kinds) / ticks
+
     return {
         "ticks": ticks,
         "lr": config.optimizer.lr,
+        "tokens_per_tick": statistics.fmean(row.numbers["tokens"] for row in training.ticks),
         "run_ticks": _declared(name),
         "parameters": sum(parameter.numel() for stage in training.chain.stages for parameter in stage.parameters),
-        "fast_per_tick": sum(by_kind[kind] for kind in FAST_KINDS) / ticks,
-        "bases_per_tick": (by_kind["basis"] + by_kind["sketch"]) / ticks,
+        "fast_per_tick": per_tick("activation", "gradient"),
+        "bases_per_tick": per_tick("basis", "sketch"),
         "slice": sum(scales.bytes.pop("slice")) / len(scales.snapshots),
         "bytes": {what: statistics.fmean(values) for what, values in scales.bytes.items()},
         "cosines": {what: statistics.fmean(values) for what, values in scales.cosines.items()},

@@ -22,8 +22,8 @@ from swarm_worker.schedule import Stamp
 class LaggingTraining(Training):
     """`basis_lag` and `cold_prompts` as in cells.Cell.
 
-    `cosines` by snapshot tick, `overlaps` by the tick after which all stages hold the refreshed bases: their mean overlap
-    with those before.
+    `cosines`: what the wire form kept, by snapshot tick. `overlaps`: of refreshed bases with those before, means by the
+    tick after which all stages hold them.
     """
 
     def __init__(self, config: RunConfig, folder: Path, basis_lag: int = 0, cold_prompts: int = 0) -> None:
@@ -56,7 +56,7 @@ class LaggingTraining(Training):
         self.overlaps[stamp.tick + self._lag] = sum(shares) / len(shares)
 
     def _cold(self, warm: BasisSet) -> BasisSet:
-        """In place of the keeper's warm step: a basis fitted at the weights of the moment, on training prompts of its own."""
+        """In place of the keeper's warm step: fitted at the weights of the moment, on training prompts of its own."""
         config, spec = self.manifest.config, self.manifest.link()
         links, rows = config.links, load_rows(config.data.train)
         picked = [rows[i] for i in prompt_indices(len(rows), config.run.seed + 1, warm.version, self._cold_prompts)]

@@ -148,6 +148,18 @@ def test_a_whole_pair_becomes_a_correction_for_every_stage(rig: Rig) -> None:
     assert [name for name, _ in rig.events] == ["correction"]
 
 
+def test_a_snapshot_whose_answer_was_lost_is_not_taken_twice(rig: Rig) -> None:
+    async def run() -> None:
+        first = await rig.corrector.take_snapshot(0, header(), EPOCH, rig.snapshot(0, 1, 0))
+        again = await rig.corrector.take_snapshot(0, header(), EPOCH, rig.snapshot(0, 1, 0))
+        assert first == again and again.whole
+        rig.again()
+        assert (await rig.corrector.take_snapshot(0, header(), EPOCH, rig.snapshot(0, 1, 0))).whole
+
+    asyncio.run(run())
+    assert not rig.refused() and not list(rig.out.glob("replay/incoming/*"))
+
+
 def test_latency_is_a_floor(tmp_path: Path) -> None:
     rig = Rig(tmp_path, {"anchor.latency": "fixed", "anchor.delay_k": "7"})
 

@@ -114,7 +114,7 @@ class Corrector:
         if tick is not None:
             self._drop(self._ring.rewind(tick))
             newest = self._fires.count_before(tick)
-            self._store.forget_made(lambda version: version > newest)
+            self._store.forget(lambda version: version > newest)
         self._load(self._store.state())
         self._wake.set()
 

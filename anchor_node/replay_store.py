@@ -175,8 +175,15 @@ class ReplayStore:
     def drop(self, version: int) -> None:
         shutil.rmtree(self._pair(version), ignore_errors=True)
 
-    def forget_made(self, later: Callable[[int], bool]) -> None:
-        """Corrections of snapshots that are `later` than where the run starts again go, with what they left behind."""
+    def forget(self, later: Callable[[int], bool]) -> None:
+        """What is `later` than where the run starts again goes: weights that deltas are against, corrections, and what
+        they left behind. The same numbers will come again, for other weights."""
+        for path in (self._root / "base").glob("stage-*.safetensors"):
+            stage = int(path.stem.split("-")[1])
+            if later(self._base(stage, read=False)[0]):
+                path.unlink()
+                self._whole.pop(stage, None)
+        self._arriving = {}
         for path in (self._root / "made").glob("stage-*.pb"):
             made = self.made(int(path.stem.split("-")[1]))
             if made is None or later(made.version):

@@ -16,7 +16,7 @@ OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_
 IMPORT  := PYTHONPATH=$(CURDIR):$(CURDIR)/proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check demo bench bench-codec bench-links bench-wire tiny-model wide-model knobs stubs format clean
+.PHONY: help setup test check demo bench bench-codec bench-links bench-wire bench-anchor decoupling tiny-model wide-model knobs stubs format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -63,6 +63,13 @@ bench-links: $(SETUP)  ## packet streams against raw sockets, on loopback and on
 
 bench-wire: $(SETUP)  ## the ledger's wire column against the kernel's counters (root; 7 min with ARGS=--demo)
 	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.wire $(ARGS)
+
+bench-anchor: $(SETUP)  ## tokens/s with corrections on and off, taking turns (6 min)
+	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.bench_anchor --record $(ARGS)
+
+decoupling: $(SETUP)  ## what old corrections and rare refreshes do to training: latency and cadence apart (5 seeds: an hour)
+	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.decoupling run --workers 2 $(ARGS)
+	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.decoupling table --record
 
 tiny-model: $(SETUP)  ## rebuild examples/tiny/model and its data from seeds
 	$(OFFLINE) $(BIN)/python examples/tiny/build.py

@@ -15,19 +15,17 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from anchor_node.dense_replay import Cancelled, DenseReplay
 from anchor_node.replay_bases import ReplayBases
-from anchor_node.replay_store import ReplayStore, SnapshotRefused
+from anchor_node.replay_store import Identity, ReplayStore, SnapshotRefused
 from codec.basis import Basis
 from codec.corrections import CorrectionEncoder
-from codec.errors import CodecError
 from codec.fit import Fit
-from swarm_core.errors import KedgeError
 from swarm_core.learning.latency import FireSchedule
 from swarm_core.learning.merge import smooth
 from swarm_core.learning.replay_ring import ReplayRing
@@ -45,7 +43,10 @@ log = logging.getLogger(__name__)
 MIB = 1 << 20
 # Beside the weights of a pair: ids, log-probs and bases. Ten thousand tokens take 0.2 MB.
 SLICE_BYTES = 16 * MIB
+MOST_AHEAD = 1000  # ticks that a stage may be ahead of what the anchor has heard
+ANY_AGE = 1 << 30
 Bases = Callable[[int], Mapping[Key, Basis] | None]
+Gradients = list[list[Tensor]]  # a list a stage, in the order of its parameters
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Made:
     corrections: dict[int, Correction]
     numbers: dict[str, float]
     fits: dict[Key, Fit]  # of the next bases, where some are due
+    starts: list[dict[str, Tensor]]
+    mean: Gradients | None
 
 
 class Corrector:
@@ -90,7 +93,13 @@ class Corrector:
         self._ring.check(pair_bytes(manifest, model_path))
         spec, seed = correction_spec(config), config.run.seed
         self._encoders = [CorrectionEncoder(spec, of, seed + i) for i, of in enumerate(shapes)]
-        self._mean: list[list[Tensor]] | None = None
+        # What the next correction goes on from: the encoders' warm starts and the mean over dense gradients, a stage each.
+        self._starts: list[dict[str, Tensor]] = [{} for _ in shapes]
+        self._mean: Gradients | None = None
+        self._made: dict[int, dict[int, Correction]] = {}  # kept until a newer one is due: by version, then stage
+        self._decoding: set[int] = set()  # stages whose last part has come
+        self._needs_bases = manifest.link().kind == "lowrank" and manifest.boundaries > 0
+        self._needs_bases &= config.corrections.merger == "held_delta"
         self._hf_config = hf_config(model_path)
         self._device = device
         self._send, self._event, self._now, self._bases, self._adopt = send, event, now, bases, adopt
@@ -102,47 +111,70 @@ class Corrector:
     # The volume --------------------------------------------------------------------------------------------------------
 
     def take_up(self, tick: int | None) -> None:
-        """Go on from the volume. `tick`: the run starts again there, and what was snapshot at it or later is of a
-        history that is no more; None: the run is where it was."""
-        made = self._store.made(0)
-        for version, parts in self._store.pairs().items():
-            for name, size in parts.items():
+        """Go on from the volume. `tick`: the run starts again there, and what was taken in it or later is of a history
+        that is no more; None: the run is where it was."""
+        if tick is not None:
+            self._forget_since(tick)
+        self._made = self._store.made()
+        for (version, _, _), files in self._store.pairs().items():
+            for name, size in files.items():
                 if (part := _part_of(name)) is not None:
                     self._drop(self._ring.part_came(version, part, size))
-            if made is not None and version <= made.version and self._ring.complete(version):
+            if version in self._made and self._ring.complete(version):
                 self._ring.replayed(version)
-        if tick is not None:
-            self._drop(self._ring.rewind(tick))
-            newest = self._fires.count_before(tick)
-            self._store.forget(lambda version: version > newest)
-        self._load(self._store.state())
+        self._starts, self._mean = self._read_state(self._store.state())
         self._wake.set()
 
-    def newest(self, stage: int) -> Correction | None:
-        """The newest correction of a stage, for a member that starts or comes back; None where it is too old to merge."""
-        made = self._store.made(stage)
-        return made if made is not None and self._now() - made.tick <= self._k_max else None
+    def _forget_since(self, tick: int) -> None:
+        for version, taken, _ in self._store.pairs():
+            if taken >= tick:
+                self._store.drop(version)
+        for version, corrections in self._store.made().items():
+            if any(c.tick >= tick for c in corrections.values()):
+                self._store.drop_made(version)
+        for stage in range(self.manifest.stages):
+            if self._store.base(stage)[1] >= tick:
+                self._store.drop_base(stage)
+        for version in self._ring.held():
+            self._ring.forget(version)
+
+    def pending(self, stage: int) -> list[Correction]:
+        """The corrections of a stage that may still be merged, for a member that starts or comes back."""
+        kept = [corrections[stage] for _, corrections in sorted(self._made.items()) if stage in corrections]
+        return [c for c in kept if self._now() - c.tick <= self._k_max]
 
     def held(self, stage: int) -> int:
         """The newest version of a stage's weights that is here whole."""
-        return self._store.base_version(stage)
+        return self._store.base(stage)[0]
 
     # What stages send --------------------------------------------------------------------------------------------------
 
     async def take_snapshot(self, stage: int, header: Header, epoch: int, message: Snapshot) -> SnapshotHeld:
-        """A part of a stage's weights; the answer for that stage."""
+        """A part of a stage's weights; the answer for that stage. Whatever goes wrong costs one correction, no run."""
+        identity = (message.version, message.tick, message.lineage)
         try:
             self._check(header, epoch, message.version, message.tick)
-            if message.version == self._store.base_version(stage):
+            if identity == self._store.base(stage):
                 return SnapshotHeld(message.version, message.total_bytes, whole=True)  # the last answer was lost
+            if stage in self._decoding:  # a part said again: its answer is on the way
+                return SnapshotHeld(message.version, message.total_bytes)
             held = self._store.part(stage, message)
             if held < message.total_bytes:
                 return SnapshotHeld(message.version, held)
-            size = await asyncio.to_thread(self._store.finish, stage)
+            self._decoding.add(stage)
+            try:
+                decoded = await asyncio.to_thread(self._store.decode, stage)
+            finally:
+                self._decoding.discard(stage)
+            self._came(decoded, stage, lambda: self._store.place(stage, decoded))
         except SnapshotRefused as error:
             self._event("snapshot_refused", f"stage {stage}, snapshot {message.version}: {error}", {})
             return SnapshotHeld(message.version, refused=str(error))
-        self._came(message.version, stage, size)
+        except Exception as error:  # a full disk, a bug: ours, and no reason to end a run
+            log.exception("snapshot %d of stage %d", message.version, stage)
+            text = f"{type(error).__name__}: {error}"
+            self._event("snapshot_refused", f"stage {stage}, snapshot {message.version}: {text}", {})
+            return SnapshotHeld(message.version, refused=text)
         return SnapshotHeld(message.version, message.total_bytes, whole=True)
 
     def take_slice(self, stage: int, header: Header, epoch: int, message: Slice) -> None:
@@ -151,39 +183,69 @@ class Corrector:
             self._check(header, epoch, message.version, message.tick)
             if message.prompt_ids and stage != 0 or message.scored and stage != self.manifest.stages - 1:
                 raise SnapshotRefused(f"stage {stage} has no such part of it")
+            bases = None
             if message.prompt_ids:
                 read_slice(message, Slice(), self.manifest.config.swarm.microbatch_size, self.manifest.vocab)
-                if (bases := self._bases(message.basis_version)) is not None:
-                    self._store.keep_bases(message.version, dict(bases))
+                bases = self._bases(message.basis_version)
+                if bases is None and self._needs_bases:
+                    raise SnapshotRefused(
+                        f"basis version {message.basis_version}, which its batch is pinned to, is gone"
+                    )
         except (SnapshotRefused, BadFrame) as error:
             self._event("snapshot_refused", f"stage {stage}, slice {message.version}: {error}", {})
             return
-        for name, size in self._store.keep_slice(message).items():
-            self._came(message.version, _part_of(name) or "slice", size)
+        identity = (message.version, message.tick, message.lineage)
+        if self._store.others(identity):
+            self._drop([message.version])
+        for name, size in self._store.keep_slice(message, bases).items():
+            self._came(identity, _part_of(name) or "slice", lambda size=size: size)
 
     def _check(self, header: Header, epoch: int, version: int, tick: int) -> None:
         if header.epoch != epoch:
             raise SnapshotRefused(f"it is of epoch {header.epoch}, this run is in {epoch}")
         if version < 1 or version != self._fires.count_before(tick + 1):
             raise SnapshotRefused(f"tick {tick} is none that snapshot {version} could be taken in")
+        if tick > self._now() + MOST_AHEAD:
+            raise SnapshotRefused(f"tick {tick}; the run is at {self._now()}")
 
-    def _came(self, version: int, part: int | str, size: int) -> None:
-        self._drop(self._ring.part_came(version, part, size))
-        self._drop(self._ring.drop(self._now(), self._k_max))
+    def _came(self, identity: Identity, part: int | Literal["slice", "logprobs"], keep: Callable[[], int]) -> None:
+        """A part of a pair is here. What there is of the same version from another history goes first."""
+        if self._store.others(identity):
+            self._drop([identity[0]])
+        self._drop(self._ring.part_came(identity[0], part, keep()))
+        self._prune()
         self._wake.set()
 
     def _drop(self, versions: list[int]) -> None:
         for version in versions:
+            self._ring.forget(version)
             self._store.drop(version)
+
+    def _prune(self) -> None:
+        """What has had its time goes: pairs by the ring's rules, corrections once a newer one is due or they are too old."""
+        gone = self._ring.drop(self._now(), self._k_max)
+        if unmade := [version for version in gone if version not in self._made]:
+            self._event(
+                "snapshots_passed_over", f"{', '.join(map(str, unmade))}: too old, or overtaken by newer ones", {}
+            )
+        self._drop(gone)
+        due = max((v for v, of in self._made.items() if of[0].not_before <= self._now()), default=0)
+        newest = max(self._made, default=0)  # keeps what the next one goes on from
+        for version in [v for v, of in self._made.items() if v < due or self._now() - of[0].tick > self._k_max]:
+            if version != newest:
+                del self._made[version]
+                self._store.drop_made(version)
 
     # Replays -----------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Replay the newest pair whenever there is one, until cancelled."""
+        """Replay the newest pair whenever there is one, until cancelled. A replay that fails costs one correction."""
         loop = asyncio.get_running_loop()
+        # Bases do not mind the age of a replay, so with `refresh` none is passed over for it.
+        oldest = self._k_max if self.refresh is None else ANY_AGE
         try:
             while True:
-                version = self._ring.next_replay(self._now(), self._k_max)
+                version = self._ring.next_replay(self._now(), oldest)
                 if version is None:
                     self._wake.clear()
                     await self._wake.wait()
@@ -193,27 +255,32 @@ class Corrector:
                     made = await loop.run_in_executor(self._thread, self._make, version)
                 except Cancelled:
                     return
-                except (KedgeError, CodecError, OSError) as error:
-                    self._event("replay_failed", f"snapshot {version}: {error}", {})
+                except Exception as error:  # memory, a damaged file, a bug: training goes on without this one
+                    log.exception("replay of snapshot %d", version)
+                    self._event("replay_failed", f"snapshot {version}: {type(error).__name__}: {error}", {})
                     if self._ring.replaying == version:
-                        self._ring.forget(version)
                         self._drop([version])
                 else:
                     if self._ring.replaying == version:  # else the run went back meanwhile, and its pair is gone
                         self._deliver(made)
                         self._ring.replayed(version)
-                self._drop(self._ring.drop(self._now(), self._k_max))
+                self._prune()
         finally:
             self._stopped.set()
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _deliver(self, made: Made) -> None:
-        size = sum(len(c.packet) for c in made.corrections.values())
-        for stage, correction in made.corrections.items():
-            self._store.keep_made(stage, correction)
-            self._send(stage, correction)
-        self._store.keep_state(self._state())
-        one = made.corrections[0]
+        one, size = made.corrections[0], sum(len(c.packet) for c in made.corrections.values())
+        if made.version > max(self._made, default=0):  # an older pair replayed late moves nothing
+            self._starts, self._mean = made.starts, made.mean
+            state = self._state()
+        else:
+            state = {}
+        self._store.keep_made(made.version, made.corrections, state)
+        self._made[made.version] = made.corrections
+        if self._now() - one.tick <= self._k_max:
+            for stage, correction in made.corrections.items():
+                self._send(stage, correction)
         if made.fits:
             self._adopt(one.tick, made.fits)
         text = f"{made.version}, of tick {one.tick}, made by tick {one.born} in {made.numbers['correction/replay_s']:.1f} s"
@@ -223,7 +290,7 @@ class Corrector:
         self._event("correction", text, numbers | made.numbers | {"correction/bytes": float(size)})
 
     def _make(self, version: int) -> Made:
-        """On the replay thread: from a pair to a correction a stage."""
+        """On the replay thread: from a pair to a correction a stage. What it goes on from is put aside, not replaced."""
         started = time.monotonic()
         first, last = self._store.slice(version)
         batch = read_slice(first, last, self.manifest.config.swarm.microbatch_size, self.manifest.vocab)
@@ -234,45 +301,49 @@ class Corrector:
             compressed = replay.run(batch, self._store.bases(version), codec=True, **options).gradients
             for m, g in zip(tensors, compressed, strict=True):
                 torch._foreach_sub_(m, g)
-        tensors = self._smoothed(tensors)
+        mean, tensors = self._smoothed(tensors)
         taken_s = time.monotonic() - started
         if self._stopped.wait((self.manifest.config.anchor.slowdown - 1.0) * taken_s):
             raise Cancelled
-        born = max(first.tick, self._now())
+        latency = self._fires.fire_tick(version) - self._fires.tick_of(version)
+        about = version, first.tick, max(first.tick, self._now()), first.tick + max(1, latency), first.lineage
         corrections: dict[int, Correction] = {}
+        starts = []
         for stage, (encoder, parts) in enumerate(zip(self._encoders, tensors, strict=True)):
+            if self._stopped.is_set():
+                raise Cancelled
+            encoder.load(self._starts[stage])
             packet = encoder.encode(parts)
-            latency = self._fires.fire_tick(version) - self._fires.tick_of(version)
-            fire = first.tick + max(1, latency)
-            corrections[stage] = Correction(version, first.tick, born, fire, first.lineage, packet, digest_of(packet))
+            starts.append({name: t.clone() for name, t in encoder.state().items()})
+            corrections[stage] = Correction(*about, packet, digest_of(packet))
         fits = self.refresh.solve(first.tick) if self.refresh is not None else {}
-        return Made(version, corrections, {"correction/replay_s": time.monotonic() - started}, fits)
+        return Made(version, corrections, {"correction/replay_s": time.monotonic() - started}, fits, starts, mean)
 
     def _stage(self, version: int, stage: int) -> Stage:
         weights = self._store.weights(version, stage)
         named = {name: t.to(self._master) for name, t in zip(self._named[stage], weights, strict=True)}
         return build_stage(self._hf_config, self.manifest.spans[stage], named, self._master)
 
-    def _smoothed(self, tensors: list[list[Tensor]]) -> list[list[Tensor]]:
+    def _smoothed(self, tensors: Gradients) -> tuple[Gradients | None, Gradients]:
+        """(the running mean, what corrections are made of)."""
         beta = self.manifest.config.corrections.beta_anc
         if not beta:
-            return tensors
+            return None, tensors
         means = self._mean or [None] * len(tensors)
-        self._mean = [smooth(mean, new, beta) for mean, new in zip(means, tensors, strict=True)]
-        return self._mean
+        mean = [smooth(old, new, beta) for old, new in zip(means, tensors, strict=True)]
+        return mean, mean
 
     def _state(self) -> dict[str, Tensor]:
-        state = {f"encoder.{i}.{name}": t for i, e in enumerate(self._encoders) for name, t in e.state().items()}
+        state = {f"encoder.{i}.{name}": t for i, start in enumerate(self._starts) for name, t in start.items()}
         for stage, means in enumerate(self._mean or []):
             state |= {f"mean.{stage}.{i:06d}": t for i, t in enumerate(means)}
         return state
 
-    def _load(self, state: dict[str, Tensor]) -> None:
-        for i, encoder in enumerate(self._encoders):
-            prefix = f"encoder.{i}."
-            encoder.load({name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)})
-        means = [[state[n] for n in sorted(state) if n.startswith(f"mean.{i}.")] for i in range(self.manifest.stages)]
-        self._mean = means if all(means) else None
+    def _read_state(self, state: dict[str, Tensor]) -> tuple[list[dict[str, Tensor]], Gradients | None]:
+        stages = range(self.manifest.stages)
+        starts = [{n.split(".", 2)[2]: t for n, t in state.items() if n.startswith(f"encoder.{i}.")} for i in stages]
+        means = [[state[n] for n in sorted(state) if n.startswith(f"mean.{i}.")] for i in stages]
+        return starts, means if all(means) else None
 
 
 def pair_bytes(manifest: Manifest, model_path: Path) -> int:

@@ -37,7 +37,7 @@ from swarm_core.wire.outbox import Outbox
 from swarm_core.wire.streams import FrameStream, Server
 
 log = logging.getLogger(__name__)
-LIMITS = {FrameKind.SKETCH: 256 << 20, FrameKind.REPORT: 16 << 20}
+LIMITS = {FrameKind.SKETCH: 256 << 20, FrameKind.REPORT: 16 << 20, FrameKind.SLICE: 256 << 20}
 
 
 class Screen(Protocol):
@@ -178,7 +178,7 @@ class AnchorService:
             self._carry_on()
         self.slow.post_bases_beyond(hello.basis_version, box, stage)
         if stage is not None:
-            self.slow.post_newest(stage)
+            self.slow.post_corrections(stage)
         if self.over.done():
             self.post(box, FrameKind.STOP, Stop(self._reason, now=True))
         elif self._draining and stage == 0:
@@ -246,7 +246,7 @@ class AnchorService:
         for stage, box in self.stages.items():
             self.slow.post_bases(box, stage)
             self.post(box, FrameKind.START, self.start_message())
-            self.slow.post_newest(stage)
+            self.slow.post_corrections(stage)
         self.samplers.start()
         self.event("start", f"{self.manifest.stages} stages, at tick {self.tick}")
 

@@ -7,6 +7,7 @@ restarted anchor carries on. Samplers get bases alone.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -24,6 +25,9 @@ from swarm_core.wire.outbox import Outbox
 
 if TYPE_CHECKING:
     from anchor_node.service import AnchorService
+
+
+log = logging.getLogger(__name__)
 
 
 class SlowLoop:
@@ -71,9 +75,10 @@ class SlowLoop:
             task.add_done_callback(self.ended)
 
     def ended(self, task: asyncio.Task[None]) -> None:
-        """Work on corrections has ended; where it raises, it is our fault: a full disk, a bug."""
+        """Work on corrections has ended. Where it raises it is our fault, and no reason to end a run."""
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
-            self._anchor.fail(error)
+            log.error("corrections", exc_info=error)
+            self._anchor.event("corrections_failed", f"{type(error).__name__}: {error}")
 
     # Bases -------------------------------------------------------------------------------------------------------------
 
@@ -131,7 +136,7 @@ class SlowLoop:
         if stage in self._anchor.stages:
             self._anchor.post(self._anchor.stages[stage], FrameKind.CORRECTION, correction)
 
-    def post_newest(self, stage: int) -> None:
-        """To a stage that starts or is back: the newest correction, where it is still of use."""
-        if self.corrector is not None and (correction := self.corrector.newest(stage)) is not None:
+    def post_corrections(self, stage: int) -> None:
+        """To a stage that starts or is back: the corrections that may still be merged."""
+        for correction in self.corrector.pending(stage) if self.corrector is not None else []:
             self.send_correction(stage, correction)

@@ -176,9 +176,13 @@ def _anchor_contradictions(c: RunConfig) -> Iterator[tuple[str, str, str, str]]:
     if (a.latency == "trace") != (a.latency_trace is not None):
         got = f'latency "{a.latency}", latency_trace {a.latency_trace or "none"}'
         yield "anchor.latency_trace", "a trace and latency = trace go together", got, "both, or neither"
-    if a.latency == "fixed" and merger != "none" and a.delay_k > c.corrections.k_max:
-        wanted = f"at most corrections.k_max = {c.corrections.k_max}"
-        yield "anchor.delay_k", "every correction would be dropped as too old", str(a.delay_k), wanted
+    least = {"fixed": a.delay_k, "uniform": a.latency_range[0]}.get(a.latency, 1)
+    if merger != "none" and least > c.corrections.k_max:
+        got, wanted = f"k_max {c.corrections.k_max}, ages from {least} ticks on", "a larger k_max, or a smaller latency"
+        yield "corrections.k_max", "every correction would be dropped as too old", got, wanted
+    if merger == "held_delta" and c.links.kind == "identity":
+        got = '"held_delta" over "identity" links'
+        yield "corrections.merger", "nothing is lost that could be corrected", got, '"none", or other links'
     if not a.pin_basis and c.links.reuse_deltas and c.links.kind == "lowrank":
         got = "false with links.reuse_deltas = true"
         yield "anchor.pin_basis", "reuse deltas refer to one basis", got, "true, or links.reuse_deltas = false"

@@ -26,6 +26,7 @@ from swarm_core.wire.messages import Correction
 from swarm_worker.schedule import Stamp
 
 BF16_BITS, TF32_BITS = 7, 10  # of a mantissa, the leading one apart
+LARGEST = 1e15  # of a correction's numbers: the norm of a trillion of them is far from overflowing
 SUMS = "correction/sum/"  # vote numbers that are added up over the stages
 
 
@@ -42,9 +43,15 @@ class Capture:
     lineage: int
     basis_version: int
     pass_: int
-    weights: list[Tensor]  # on the CPU, in the order of the stage's parameters
+    weights: list[Tensor]  # on the CPU, in the order of the stage's parameters, as the stage holds them
+    mantissa_bits: Sequence[int | None] = ()
     slice: Batch | None = None  # stage 0: the tick's sequences, with their token ids
     scored: Batch | None = None  # last stage: the same, with the log-probs that it took
+
+    def rounded(self) -> list[Tensor]:
+        """The weights as they travel. Slow for a large stage, so not a matter of the tick."""
+        kept = self.mantissa_bits or [None] * len(self.weights)
+        return [w if b is None else weight_delta.rounded(w, b) for w, b in zip(self.weights, kept, strict=True)]
 
 
 class Correcting:
@@ -70,6 +77,7 @@ class Correcting:
         self._decoded: HeldCorrection | None = None  # the one in use; the others stay packets, which are small
         self._taken: dict[int, tuple[int, int]] = {}  # snapshots by version: tick and lineage, the history they are of
         self._newest = 0  # version of the last of them
+        self._oldest = 0  # tick of the oldest snapshot whose correction may still be merged
 
     @property
     def held(self) -> dict[int, tuple[int, int]]:
@@ -87,6 +95,8 @@ class Correcting:
         Reads nothing that the compute thread changes but which snapshots were taken, so it runs on a thread of its own.
         """
         name = f"correction {message.version} of tick {message.tick}"
+        if message.tick < self._oldest:
+            raise CorrectionRefused(f"{name}: older than k_max = {self._k_max} ticks")
         if (taken := self._taken.get(message.version)) != (message.tick, message.lineage):
             seen = "took none" if taken is None else f"took it in tick {taken[0]} on history {taken[1]:016x}"
             raise CorrectionRefused(f"{name}, history {message.lineage:016x}: of that snapshot this stage {seen}")
@@ -95,9 +105,12 @@ class Correcting:
         if digest_of(message.packet) != message.digest:
             raise CorrectionRefused(f"{name}: the digest does not match: damaged on the way")
         try:
-            corrections.decode(message.packet, self._spec, self._shapes)
+            tensors = corrections.decode(message.packet, self._spec, self._shapes)
         except CodecError as error:
             raise CorrectionRefused(f"{name}: {error}") from None
+        largest = max((float(t.abs().max()) for t in tensors if t.numel()), default=0.0)
+        if largest > LARGEST:  # its norm would overflow here and perhaps not elsewhere, and all must merge it or none
+            raise CorrectionRefused(f"{name}: a number of {largest:.1e}; wanted at most {LARGEST:.0e}")
 
     def hold(self, message: Correction) -> None:
         """Keep a checked correction; the same one again changes nothing."""
@@ -132,7 +145,7 @@ class Correcting:
     def settle(self, stamp: Stamp, *, committed: bool) -> None:
         """The tick is decided: what a merge measured counts only if it was committed. Then what is too old goes."""
         self._merger.settle(keep=committed)
-        oldest = stamp.tick + 1 - self._k_max
+        oldest = self._oldest = stamp.tick + 1 - self._k_max
         gone = {v for v, c in self._packets.items() if c.tick < oldest or v < stamp.correction}
         self._packets = {v: c for v, c in self._packets.items() if v not in gone}
         self._taken = {v: at for v, at in self._taken.items() if at[0] >= oldest}
@@ -149,7 +162,7 @@ class Correcting:
         if version <= self._newest:
             return None
         self._newest, self._taken[version] = version, (stamp.tick, stamp.lineage)
-        weights = [_copied(p, bits) for p, bits in zip(self._parameters, self._mantissa_bits, strict=True)]
+        weights = [p.detach().to("cpu", copy=True) for p in self._parameters]
         first, last = self._span.is_first, self._span.is_last
         part = batch.only(stamp.slice) if first or last else None
         return Capture(
@@ -159,6 +172,7 @@ class Correcting:
             stamp.basis_version,
             stamp.pass_,
             weights,
+            self._mantissa_bits,
             part if first else None,
             part if last else None,
         )
@@ -200,11 +214,6 @@ def snapshot_bits(
     in_bf16 = [compute_dtype is torch.bfloat16 and p.dim() == 2 and "embed" not in n
                for n, p in zip(names, parameters, strict=True)]  # fmt: skip
     return [BF16_BITS if which == "bf16" or low else TF32_BITS for low in in_bf16]
-
-
-def _copied(parameter: nn.Parameter, mantissa_bits: int | None) -> Tensor:
-    kept = parameter.detach()
-    return (kept if mantissa_bits is None else weight_delta.rounded(kept, mantissa_bits)).to("cpu", copy=True)
 
 
 def merge_spec(config: RunConfig) -> MergeSpec:

@@ -57,10 +57,10 @@ class SlowCircuit:
 
     async def take(self, frame: Frame) -> None:
         """A SNAPSHOT_HELD or CORRECTION of the anchor."""
-        if frame.header.kind is FrameKind.SNAPSHOT_HELD:
-            self._shipper.held(from_bytes(SnapshotHeld, frame.payload))
-            return
         try:
+            if frame.header.kind is FrameKind.SNAPSHOT_HELD:
+                self._shipper.held(from_bytes(SnapshotHeld, frame.payload))
+                return
             hold = await self._checked(frame)
         except (CorrectionRefused, BadFrame) as error:
             log.warning("stage %d: %s", self._stage, error)

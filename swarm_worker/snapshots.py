@@ -1,7 +1,7 @@
 """Ships a stage's captured weights to the anchor: packed off the hot path, in parts, from where the last stream broke off.
 
-One snapshot is under way at a time and one more may wait, the newest; nothing here is waited for by a tick. What the
-anchor has is what it says it has (SNAPSHOT_HELD), also after it was restarted. No correction is known here.
+One snapshot is under way at a time and one more may wait; nothing here is waited for by a tick. What the anchor has is
+what it says it has (SNAPSHOT_HELD), also after it was restarted. No correction is known here.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ Post = Callable[[FrameKind, Snapshot | Slice, int], None]
 @dataclass
 class _UnderWay:
     capture: Capture
+    weights: list[Tensor]  # as they travel
     base: int
     packet: bytes
     digest: bytes
@@ -47,10 +48,12 @@ class SnapshotShipper:
         self.skipped = 0  # snapshots that a newer one overtook before they left
 
     def offer(self, capture: Capture) -> None:
-        """Ship this one next. One that still waits is overtaken: its correction would come later and be older."""
+        """Ship this one next, or the one that waits already: the stages must agree without a word, as a replay needs the
+        same version of all of them. So it is the one that more powers of two divide, and of two alike the newer."""
         if self._waiting is not None:
             self.skipped += 1
-            log.info("snapshot %d is overtaken by %d before it left", self._waiting.version, capture.version)
+            capture, left = sorted((capture, self._waiting), key=lambda c: (c.version & -c.version, c.version))[::-1]
+            log.info("snapshot %d is passed over: %d goes next", left.version, capture.version)
         self._waiting = capture
         self._wake.set()
 
@@ -67,17 +70,19 @@ class SnapshotShipper:
                 self._waiting = now.capture
             self._base = None
         elif message.whole:
-            self._base, self._now = (now.capture.version, now.capture.weights), None
+            self._base, self._now = (now.capture.version, now.weights), None
         else:
-            now.held = message.bytes
-            if not now.held <= now.posted <= now.held + IN_FLIGHT * PART_BYTES:
-                now.posted = now.held  # the anchor has lost parts, or came back with less than it had
+            lost = message.bytes < now.held or message.bytes > len(now.packet)  # it came back with less than it had
+            now.held = min(message.bytes, len(now.packet))
+            if lost or not now.held <= now.posted <= now.held + IN_FLIGHT * PART_BYTES:
+                now.posted = now.held
         self._wake.set()
 
     def resume(self) -> None:
         """The stream to the anchor is a new one: what was in flight is lost. Its answer to the next part tells the rest."""
         if self._now is not None:
-            self._now.posted = self._now.held
+            self._announce(self._now.capture)
+            self._now.posted = min(self._now.held, len(self._now.packet) - 1)  # at least one part, to be answered
             self._wake.set()
 
     async def run(self) -> None:
@@ -86,12 +91,15 @@ class SnapshotShipper:
             if self._now is None and self._waiting is not None:
                 capture, self._waiting = self._waiting, None
                 self._announce(capture)
-                version, base = self._base or (0, None)
-                packet = await asyncio.to_thread(weight_delta.encode, capture.weights, base)
-                self._now = _UnderWay(capture, version, packet, await asyncio.to_thread(digest_of, packet))
+                self._now = await asyncio.to_thread(self._packed, capture, *(self._base or (0, None)))
             self._post_parts()
             self._wake.clear()
             await self._wake.wait()
+
+    def _packed(self, capture: Capture, version: int, base: list[Tensor] | None) -> _UnderWay:
+        weights = capture.rounded()
+        packet = weight_delta.encode(weights, base)
+        return _UnderWay(capture, weights, version, packet, digest_of(packet))
 
     def _announce(self, capture: Capture) -> None:
         """First what is small: the slice from stage 0, its log-probs from the last stage."""

@@ -35,7 +35,7 @@ from swarm_core.wire.messages import (
 from swarm_core.wire.rollouts import read_rollouts, rollouts_message
 from swarm_worker.journal import Journal
 from swarm_worker.lead import LeadState
-from swarm_worker.sampler.process import SamplerArguments, Source
+from swarm_worker.sampler.source import SamplerArguments, Source
 from swarm_worker.sampler.verify import Call, Verdict
 from swarm_worker.schedule import Stamp
 from swarm_worker.sketching import METRIC, SketchOut

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -57,7 +57,9 @@ def run_missing(jobs: Sequence[J], run: Run[J], file: Path, workers: int, figure
     return failed
 
 
-def run_all(jobs: Sequence[J], run: Run[J], folder: Path, workers: int) -> Iterator[tuple[J, Row | None, str]]:
+def run_all(
+    jobs: Sequence[J], run: Run[J], folder: Path, workers: int
+) -> Generator[tuple[J, Row | None, str], None, None]:
     """(job, its row or None, what went wrong) of each, as they finish. A run that fails costs its row, not the others.
 
     Closing the iterator, as Ctrl-C does, ends the processes with what they have under way. Raises BrokenProcessPool

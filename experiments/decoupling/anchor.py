@@ -81,7 +81,7 @@ class LaggingAnchor:
 
     def gradients(self, captures: Sequence[Capture], batch: Batch, *, codec: bool) -> Gradients:
         """Of the slice at the snapshot's weights, dense or as it was seen through the links."""
-        weights = [capture.weights for capture in captures]
+        weights = [capture.rounded() for capture in captures]
         replay = DenseReplay(self.manifest, lambda i: self._opened(i, weights[i]), torch.device("cpu"))
         bases = self._bases(captures[0].basis_version) if codec else None
         return replay.run(batch, bases, codec=codec, tick=captures[0].tick).gradients
@@ -91,7 +91,7 @@ class LaggingAnchor:
         return build_stage(self._hf_config, self.manifest.spans[number], named, torch.float32)
 
     def _smoothed(self, new: Gradients) -> Gradients:
-        means = self._means or [None] * len(new)
+        means: Sequence[list[Tensor] | None] = self._means or [None] * len(new)
         beta = self.manifest.config.corrections.beta_anc
         self._means = [smooth(mean, parts, beta) for mean, parts in zip(means, new, strict=True)]
         return self._means
@@ -103,8 +103,9 @@ class LaggingAnchor:
 
     def _ship(self, number: int, capture: Capture) -> None:
         """A stage's weights, as a delta against its last ones. What is decoded is what was sent, bit for bit."""
-        packet = weight_delta.encode(capture.weights, self._held[number])
-        self._held[number] = capture.weights
+        weights = capture.rounded()
+        packet = weight_delta.encode(weights, self._held[number])
+        self._held[number] = weights
         about = capture.version, capture.tick, capture.lineage, capture.version - 1, len(packet), 0
         payload = to_bytes(Snapshot(*about, packet, digest_of(packet)))
         self.count(FrameKind.SNAPSHOT, capture.tick, number, "up", payload)

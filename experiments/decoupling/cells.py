@@ -99,12 +99,14 @@ EFFECTS = [
 ]
 
 # A basis takes a tick to be made, so a new one arrives between the two ticks of a batch, in the window that pinning
-# closes. Reuse deltas refer to one basis: all four go without. A cold fit on 8 prompts keeps half of the old subspace.
+# closes. Reuse deltas refer to one basis: all go without. A cold fit on 8 prompts keeps half of the old subspace. At the
+# grid's learning rate one step clips a share by itself, and more after a jump; at 3e-5 what is left is the basis' doing.
 UNPINNED = {"anchor.pin_basis": "false"}
 PINNING = {
-    f"{jump}, {how}": Cell(
-        {"anchor.q_cadence": "20", "links.reuse_deltas": "false", **pin}, basis_lag=1, cold_prompts=prompts
+    f"{jump}{' at lr 3e-5' if slower else ''}, {how}": Cell(
+        {"anchor.q_cadence": "20", "links.reuse_deltas": "false", **slower, **pin}, basis_lag=1, cold_prompts=prompts
     )
+    for slower in ({}, {"optimizer.lr": "3e-5"})
     for jump, prompts in (("warm step", 0), ("large jump", 8))
     for how, pin in (("pinned", {}), ("unpinned", UNPINNED))
 }
@@ -112,7 +114,7 @@ PINNING = {
 CELLS = GRID | PINNING
 
 # What a snapshot and a correction weigh, on a run as its example declares it: (run file, ticks, overrides).
-SIZES = {
+SIZES: dict[str, tuple[Path, int, dict[str, str]]] = {
     "tiny": (ROOT / "examples" / "tiny" / "run.toml", 121, {}),
     "wide": (ROOT / "examples" / "wide" / "run.toml", 81, {}),
 }

@@ -63,7 +63,7 @@ def lowest(row: Row) -> float:
 
 
 def mean_accuracy(row: Row) -> float:
-    return statistics.fmean(e["expected"] for e in row["evaluations"])
+    return statistics.fmean(float(e["expected"]) for e in row["evaluations"])
 
 
 def dose(row: Row) -> float:
@@ -135,11 +135,15 @@ def accuracy_curve(rows: Sequence[Row]) -> Curve:
     return [_point(tick, values) for tick, values in sorted(points.items())]
 
 
-def series_curve(rows: Sequence[Row], series: str, width: int = BIN) -> Curve:
-    """A point for every `width` ticks, in their middle."""
+def series_curve(rows: Sequence[Row], series: str, less: Sequence[Row] = (), width: int = BIN) -> Curve:
+    """A point for every `width` ticks, in their middle. `less`: as a difference to the runs of the same seeds there."""
     points: dict[int, list[float]] = {}
+    baseline = {row["seed"]: row["series"][series] or [] for row in less}
     for row in rows:
         values = row["series"][series] or []
+        if less:
+            pairs = zip(values, baseline.get(row["seed"], []), strict=False)
+            values = [None if a is None or b is None else a - b for a, b in pairs]
         for start in range(0, len(values), width):
             known = [value for value in values[start : start + width] if value is not None]
             if known:

@@ -139,8 +139,9 @@ def _series(ticks: list[Report], key: str) -> list[float | None] | None:
 
 
 def _problems(training: LaggingTraining) -> Batch:
-    """All validation problems with their right answers."""
+    """The validation problems of an evaluation, with their right answers."""
     source, config = training.source, training.manifest.config
     assert config.data.validation is not None
-    rows, end = load_rows(config.data.validation), eos_ids(training.model_path)[0]
+    rows = load_rows(config.data.validation)[: config.sampler.eval_prompts]
+    end = eos_ids(training.model_path)[0]
     return right_answers(source.tokenizer, rows, end, len(rows), config.data.chat_template)

@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -26,7 +26,8 @@ from swarm_worker.correcting import BF16_BITS, TF32_BITS, Capture
 APART = 20  # ticks from one snapshot to the next; a delta over three of them is one over 60
 SPANS = (1, 3)
 ROUNDED: dict[str, int | None] = {"bf16": BF16_BITS, "tf32": TF32_BITS, "exact": None}
-FORMS = ("sign", "lowrank", "topk", "bf16")
+Form = Literal["sign", "lowrank", "topk", "bf16"]
+FORMS: tuple[Form, ...] = get_args(Form)
 SNAPSHOTS = {
     "anchor.m_cadence": str(APART),
     "anchor.latency": "natural",
@@ -82,7 +83,7 @@ class Scales(LaggingAnchor):
                 sizes = [message_bytes(len(weight_delta.encode(new, as_sent(old)))) for new, old in pairs]
                 self.bytes[f"snapshot {name} {span * APART}"].append(sum(sizes))
 
-    def _weigh_correction(self, form: str, what: str, exact: Gradients) -> None:
+    def _weigh_correction(self, form: Form, what: str, exact: Gradients) -> None:
         spec = self._specs[form]
         encoders = self._warm.setdefault((form, what), [CorrectionEncoder(spec, of) for of in self.shapes])
         packets = [encoder.encode(parts) for encoder, parts in zip(encoders, exact, strict=True)]

@@ -49,6 +49,7 @@ class LaggingTraining(Training):
 
     def refreshed(self, stamp: Stamp, bases: BasisSet) -> None:
         before = self._made
+        assert before is not None
         self._made = self._cold(bases) if self._cold_prompts else bases
         self._waiting.append((stamp.tick + self._lag, self._made))
         old, new = (read_bases(each, self.manifest) for each in (before, self._made))

@@ -39,6 +39,12 @@ KNOBS: dict[str, Any] = {
     "links": {"kind": "lowrank", "rank_forward": 12, "rank_backward": 12},
     "anchor": {"q_cadence": 0, "calibration_prompts": 1},
 }
+# Where equal weights are not compared: when a correction is merged depends on the clock.
+CORRECTED = {
+    **KNOBS,
+    "corrections": {"merger": "held_delta"},
+    "anchor": {**KNOBS["anchor"], "m_cadence": 2, "latency": "natural"},
+}
 
 
 class Anchor:
@@ -232,10 +238,8 @@ def test_a_run_that_finishes_without_its_anchor_waits_for_it_and_no_basis_is_num
 def test_corrections_go_on_with_an_anchor_that_carries_on(
     recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    knobs = {**KNOBS, "corrections": {"merger": "held_delta"}}
-    knobs["anchor"] = {**KNOBS["anchor"], "m_cadence": 2, "latency": "natural"}
     out = tmp_path / "run"
-    gate, anchor = Gate(monkeypatch, GATE), Anchor(recipe().run_file(**knobs), out)
+    gate, anchor = Gate(monkeypatch, GATE), Anchor(recipe().run_file(**CORRECTED), out)
 
     async def during() -> None:
         await until(lambda: events(out, "correction"))
@@ -260,7 +264,7 @@ def test_a_run_without_its_anchor_ticks_to_its_end_and_says_what_is_missing(
 ) -> None:
     monkeypatch.setattr(working, "END_WAIT_S", 1.0)
     out = tmp_path / "run"
-    anchor = Anchor(recipe().run_file(**KNOBS), out)
+    anchor = Anchor(recipe().run_file(**CORRECTED), out)
 
     async def during() -> None:
         anchor.kill()
@@ -280,7 +284,7 @@ def test_a_paused_anchor_whose_streams_break_meanwhile_books_every_row_once(
 ) -> None:
     """What was on its way when it was paused is still read when it wakes, beside what is sent again on the new streams."""
     out = tmp_path / "run"
-    gate, anchor = Gate(monkeypatch, GATE), Anchor(recipe().run_file(**KNOBS), out)
+    gate, anchor = Gate(monkeypatch, GATE), Anchor(recipe().run_file(**CORRECTED), out)
 
     async def run() -> list[BaseException | None]:
         proxy = Proxy(anchor.address)
@@ -305,7 +309,7 @@ def test_a_paused_anchor_whose_streams_break_meanwhile_books_every_row_once(
 
 def test_an_anchor_slowed_fifty_times_slows_no_tick(recipe: Callable[..., Any], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    anchor = Anchor(recipe().run_file(**KNOBS), out)
+    anchor = Anchor(recipe().run_file(**CORRECTED), out)
     slow = threading.Event()
 
     def slowing() -> None:

@@ -136,7 +136,7 @@ def test_a_ring_too_small_is_refused_at_the_start_with_the_number_needed(
     recipe: Recipe, run_swarm: Swarm, tmp_path: Path
 ) -> None:
     file = recipe().run_file(
-        anchor={"ring_mb": 40, "m_cadence": 5, "latency": "fixed", "delay_k": 20}, corrections={"merger": "held_delta"}
+        anchor={"ring_mb": 40, "m_cadence": 5, "latency": "fixed", "delay_k": 20}, corrections={"merger": "signed_ema"}
     )
     with pytest.raises(BaseException) as error:
         run_swarm(file, tmp_path / "run")

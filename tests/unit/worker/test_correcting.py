@@ -157,6 +157,15 @@ def test_a_snapshot_is_taken_once_when_it_is_due_or_in_the_next_committed_tick(s
     with torch.no_grad():
         for p in stage.parameters:
             p.fill_(7)
-    assert bool((taken.weights[0] == 1 + 2**-9).all()), "rounded to 10 bits"
-    assert bool((taken.weights[1] == 1 + 2**-9 + 2**-20).all()), "as it is"
+    assert bool((taken.rounded()[0] == 1 + 2**-9).all()), "rounded to 10 bits"
+    assert bool((taken.rounded()[1] == 1 + 2**-9 + 2**-20).all()), "as it is"
     assert stage.correcting.capture(Stamp(tick=15), None) is None  # type: ignore[arg-type]
+
+
+def test_what_is_too_old_or_too_large_is_refused_by_name(stage: Stage) -> None:
+    stage.tick(13, 0)
+    with pytest.raises(CorrectionRefused, match="older than k_max = 9"):
+        stage.correcting.check(stage.correction(2))
+    packet = stage.encoder.encode([torch.full(shape, 3e30) for shape in SHAPES])
+    with pytest.raises(CorrectionRefused, match="wanted at most 1e"):
+        stage.correcting.check(stage.correction(3, packet=packet, digest=digest_of(packet)))

@@ -8,7 +8,7 @@ import importlib.metadata
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from codec.basis import Basis
 from codec.spec import Direction
@@ -21,7 +21,8 @@ from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import BasisSet, FrameKind, Hello, Report, Start, Stop, Welcome, from_bytes, to_bytes
 from swarm_core.wire.streams import Dialled, dial
 
-ANCHOR_LIMITS = {FrameKind.BASIS: 1 << 30, FrameKind.CORRECTION: 1 << 30, FrameKind.WELCOME: 4 << 20}
+ANCHOR_LIMITS = {FrameKind.BASIS: 1 << 30, FrameKind.WELCOME: 4 << 20}
+CORRECTION_BESIDE = 1 << 10  # what a CORRECTION has beside its packet
 LAST_WORDS_S = 0.5  # between the reason of a failure and the end of the stream that carries it
 log = logging.getLogger(__name__)
 Greeted = tuple[Dialled, Welcome]
@@ -36,6 +37,7 @@ class Way:
     ledger: Ledger
     link: str
     hello: Hello
+    limits: dict[FrameKind, int] = field(default_factory=lambda: dict(ANCHOR_LIMITS))  # of frames from it
 
 
 @dataclass
@@ -52,6 +54,11 @@ class Membership:
     def run(self) -> int:
         return run_id(self.digest)
 
+    def expect_corrections(self, largest_packet: int) -> None:
+        """From now on, and on every stream to come, corrections may be this large."""
+        self.way.limits[FrameKind.CORRECTION] = largest_packet + CORRECTION_BESIDE
+        self.anchor.name(self.way.link, "up", self.way.limits)
+
     def take_bases(self, frame: Frame) -> BasisSet:
         """The bases of a BASIS frame, whole. To be given every such frame of the stream, in order. Raises BadFrame."""
         self.last_bases = as_whole(from_bytes(BasisSet, frame.payload), self.last_bases, self.manifest.link())
@@ -61,7 +68,7 @@ class Membership:
 async def greet(way: Way, hello: Hello, wait_s: float, waiting: Callable[[float], None] | None = None) -> Greeted:
     """Dial the anchor and say who we are. Raises Unreachable, PeerLost, and what the anchor refuses us with."""
     anchor = await dial(way.address, way.method, way.ledger, "the anchor", wait_s, waiting)
-    anchor.name(way.link, "up", ANCHOR_LIMITS)
+    anchor.name(way.link, "up", way.limits)
     try:
         await anchor.send(Frame(Header(FrameKind.HELLO), to_bytes(hello)))
         return anchor, from_bytes(Welcome, (await anchor.expect(FrameKind.WELCOME)).payload)

@@ -136,6 +136,8 @@ class StageProcess:
         compute = await loop.run_in_executor(
             self._thread, StageCompute, membership.manifest, self.arguments.stage, path, device
         )
+        if compute.correcting is not None:
+            membership.expect_corrections(compute.correcting.largest_packet)
         parameters = sum(p.numel() for p in compute.parameters)
         log.info(
             "stage %d of %d: layers %d to %d, %.2f M parameters on %s",

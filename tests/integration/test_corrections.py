@@ -108,6 +108,26 @@ def test_corrections_are_merged_by_all_stages_and_measured(
     assert not rows(out, "correction_refused") and not rows(out, "snapshot_refused") and not rows(out, "replay_failed")
 
 
+def test_a_run_that_is_stopped_and_continued_goes_on_with_its_corrections(
+    recipe: Recipe, run_swarm: Swarm, tmp_path: Path
+) -> None:
+    """The checkpoint lies within the life of a correction and within a batch; the next snapshots are new ones."""
+    links = {"kind": "lowrank", "rank_forward": 8, "rank_backward": 16}
+    anchor = {**ANCHOR, "snapshot": "auto", "latency": "fixed", "delay_k": 5, "m_cadence": 2}  # several are pending
+    file = recipe(batches=10).run_file(anchor=anchor, corrections={"merger": "held_delta"}, links=links)
+    out = tmp_path / "run"
+    run_swarm(file, out, overrides={"run.ticks": "18"})
+    assert run_swarm(file, out, overrides={"run.ticks": "36"}, resume=True) == "all 36 ticks are done"
+    merged = {row["tick"]: row for row in rows(out) if "correction/version" in row}
+    assert min(merged) < 18 <= max(merged)
+    for tick, row in merged.items():
+        assert row["correction/K"] >= 5 and row["correction/version"] >= merged.get(tick - 1, row)["correction/version"]
+    for what in ("correction_refused", "snapshot_refused", "replay_failed", "corrections_failed"):
+        assert not rows(out, what), rows(out, what)
+    made = [row["correction/made"] for row in rows(out, "correction")]
+    assert len(made) == len(set(made)), "none is made twice"
+
+
 def test_what_is_wrong_is_refused_with_its_reason_and_ticks_go_on(
     recipe: Recipe, run_swarm: Swarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,9 +180,6 @@ def _anchor_contradictions(c: RunConfig) -> Iterator[tuple[str, str, str, str]]:
     if merger != "none" and least > c.corrections.k_max:
         got, wanted = f"k_max {c.corrections.k_max}, ages from {least} ticks on", "a larger k_max, or a smaller latency"
         yield "corrections.k_max", "every correction would be dropped as too old", got, wanted
-    if merger == "held_delta" and c.links.kind == "identity":
-        got = '"held_delta" over "identity" links'
-        yield "corrections.merger", "nothing is lost that could be corrected", got, '"none", or other links'
     if not a.pin_basis and c.links.reuse_deltas and c.links.kind == "lowrank":
         got = "false with links.reuse_deltas = true"
         yield "anchor.pin_basis", "reuse deltas refer to one basis", got, "true, or links.reuse_deltas = false"

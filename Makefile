@@ -65,7 +65,7 @@ bench-wire: $(SETUP)  ## the ledger's wire column against the kernel's counters 
 	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.wire $(ARGS)
 
 bench-anchor: $(SETUP)  ## tokens/s with corrections on and off, taking turns (6 min)
-	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.bench_anchor --record $(ARGS)
+	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.bench_anchor $(ARGS)
 
 decoupling: $(SETUP)  ## what old corrections and rare refreshes do to training: latency and cadence apart (5 seeds: an hour)
 	$(OFFLINE) $(IMPORT) $(BIN)/python -m experiments.decoupling run --workers 2 $(ARGS)

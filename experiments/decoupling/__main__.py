@@ -136,7 +136,7 @@ def _table(arguments: argparse.Namespace) -> int:
         "decoupling", page.page(cells, effects, pinned, sizes, _workload(rows), facts), facts, numbers, arguments.to
     )
     plots.by_tick(runs, arguments.to / "decoupling.png")
-    plots.clip_fractions(runs, arguments.to / "decoupling_pinning.png")
+    plots.clip_fractions(runs, arguments.to / "pinning.png")
     return 0
 
 

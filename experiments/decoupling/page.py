@@ -158,7 +158,7 @@ the gradient that it was merged into; *of the form*: of what arrives with what w
 
 {pinning_table(pinned)}
 
-![clip fraction](decoupling_pinning.png)
+![clip fraction](pinning.png)
 
 A new basis is held by all stages one tick after its window ended, hence between the two ticks of a batch. Pinned, it waits
 for the next batch; unpinned (`anchor.pin_basis = false`), the batch's second tick compares log-probs through two different

@@ -91,7 +91,7 @@ def test_two_seeds_make_a_page_with_intervals(
     assert f"{less_none.mean:+.4f} ± {less_none.half:.4f}" in written and "± " in capsys.readouterr().out
     (stale_cell,) = (c for c in told["cells"] if c["name"] == "stale")
     assert stale_cell["less_none"] == dataclasses.asdict(less_none) and stale_cell["dose"]["mean"] > 0
-    for plot in ("decoupling.png", "decoupling_pinning.png"):
+    for plot in ("decoupling.png", "pinning.png"):
         assert (tmp_path / plot).stat().st_size > 0
 
     # A basis arrives after ticks 4 and 8, the first ones of their batches (0 1, 2 3, 4 5, ...).

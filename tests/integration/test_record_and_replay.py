@@ -19,6 +19,7 @@ SMALL = {
     "dgg.window": "2",
     "sampler.eval_prompts": "8",
     "anchor.calibration_prompts": "16",
+    "corrections.merger": "none",  # when one is merged depends on the clock
 }
 
 

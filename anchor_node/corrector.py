@@ -15,20 +15,20 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anchor_node.dense_replay import Cancelled, DenseReplay
 from anchor_node.replay_bases import ReplayBases
-from anchor_node.replay_store import Identity, ReplayStore, SnapshotRefused
+from anchor_node.replay_store import ReplayStore, SnapshotRefused
 from codec.basis import Basis
 from codec.corrections import CorrectionEncoder
 from codec.fit import Fit
 from swarm_core.learning.latency import FireSchedule
 from swarm_core.learning.merge import smooth
-from swarm_core.learning.replay_ring import ReplayRing
+from swarm_core.learning.replay_ring import MIB, Part, ReplayRing
 from swarm_core.learning.stage import Stage, build_stage
 from swarm_core.manifest import Manifest
 from swarm_core.models.architecture import hf_config, read_shape
@@ -40,7 +40,6 @@ from swarm_core.wire.frames import Header
 from swarm_core.wire.messages import Correction, Slice, Snapshot, SnapshotHeld
 
 log = logging.getLogger(__name__)
-MIB = 1 << 20
 # Beside the weights of a pair: ids, log-probs and bases. Ten thousand tokens take 0.2 MB.
 SLICE_BYTES = 16 * MIB
 MOST_AHEAD = 1000  # ticks that a stage may be ahead of what the anchor has heard
@@ -89,7 +88,7 @@ class Corrector:
         self._master = torch.float64 if config.run.precision == "fp64" else torch.float32
         self._store = ReplayStore(out, shapes, self._master)
         self._k_max = config.corrections.k_max
-        self._ring = ReplayRing(fires, manifest.stages, config.anchor.ring_mb * MIB)
+        self._ring = self._empty_ring()
         self._ring.check(pair_bytes(manifest, model_path))
         spec, seed = correction_spec(config), config.run.seed
         self._encoders = [CorrectionEncoder(spec, of, seed + i) for i, of in enumerate(shapes)]
@@ -108,6 +107,14 @@ class Corrector:
         self._wake = asyncio.Event()
         self._stopped = threading.Event()
 
+    def _empty_ring(self) -> ReplayRing:
+        return ReplayRing(self._fires, self.manifest.stages, self.manifest.config.anchor.ring_mb * MIB)
+
+    @property
+    def _oldest(self) -> int:
+        """The age up to which a replay is of use: bases do not mind it, so with `refresh` there is none too old."""
+        return self._k_max if self.refresh is None else ANY_AGE
+
     # The volume --------------------------------------------------------------------------------------------------------
 
     def take_up(self, tick: int | None) -> None:
@@ -115,11 +122,10 @@ class Corrector:
         that is no more; None: the run is where it was."""
         if tick is not None:
             self._forget_since(tick)
-        self._made = self._store.made()
-        for (version, _, _), files in self._store.pairs().items():
-            for name, size in files.items():
-                if (part := _part_of(name)) is not None:
-                    self._drop(self._ring.part_came(version, part, size))
+        self._ring, self._made = self._empty_ring(), self._store.made()
+        for (version, _, _), parts in self._store.pairs().items():
+            for part, size in parts.items():
+                self._drop(self._ring.part_came(version, part, size))
             if version in self._made and self._ring.complete(version):
                 self._ring.replayed(version)
         self._starts, self._mean = self._read_state(self._store.state())
@@ -135,17 +141,11 @@ class Corrector:
         for stage in range(self.manifest.stages):
             if self._store.base(stage)[1] >= tick:
                 self._store.drop_base(stage)
-        for version in self._ring.held():
-            self._ring.forget(version)
 
     def pending(self, stage: int) -> list[Correction]:
         """The corrections of a stage that may still be merged, for a member that starts or comes back."""
         kept = [corrections[stage] for _, corrections in sorted(self._made.items()) if stage in corrections]
         return [c for c in kept if self._now() - c.tick <= self._k_max]
-
-    def held(self, stage: int) -> int:
-        """The newest version of a stage's weights that is here whole."""
-        return self._store.base(stage)[0]
 
     # What stages send --------------------------------------------------------------------------------------------------
 
@@ -166,19 +166,16 @@ class Corrector:
                 decoded = await asyncio.to_thread(self._store.decode, stage)
             finally:
                 self._decoding.discard(stage)
-            self._came(decoded, stage, lambda: self._store.place(stage, decoded))
-        except SnapshotRefused as error:
-            self._event("snapshot_refused", f"stage {stage}, snapshot {message.version}: {error}", {})
-            return SnapshotHeld(message.version, refused=str(error))
-        except Exception as error:  # a full disk, a bug: ours, and no reason to end a run
-            log.exception("snapshot %d of stage %d", message.version, stage)
-            text = f"{type(error).__name__}: {error}"
-            self._event("snapshot_refused", f"stage {stage}, snapshot {message.version}: {text}", {})
-            return SnapshotHeld(message.version, refused=text)
+            if self._store.others(decoded):
+                self._drop([message.version])
+            self._came(message.version, stage, self._store.place(stage, decoded))
+        except Exception as error:  # noqa: BLE001 - logged and told there
+            return SnapshotHeld(message.version, refused=self._refused(f"stage {stage}, snapshot", message, error))
         return SnapshotHeld(message.version, message.total_bytes, whole=True)
 
     def take_slice(self, stage: int, header: Header, epoch: int, message: Slice) -> None:
-        """What a snapshot's tick consumed, from the first or the last stage."""
+        """What a snapshot's tick consumed, from the first or the last stage. Whatever goes wrong costs one correction."""
+        identity = (message.version, message.tick, message.lineage)
         try:
             self._check(header, epoch, message.version, message.tick)
             if message.prompt_ids and stage != 0 or message.scored and stage != self.manifest.stages - 1:
@@ -188,17 +185,23 @@ class Corrector:
                 read_slice(message, Slice(), self.manifest.config.swarm.microbatch_size, self.manifest.vocab)
                 bases = self._bases(message.basis_version)
                 if bases is None and self._needs_bases:
-                    raise SnapshotRefused(
-                        f"basis version {message.basis_version}, which its batch is pinned to, is gone"
-                    )
-        except (SnapshotRefused, BadFrame) as error:
-            self._event("snapshot_refused", f"stage {stage}, slice {message.version}: {error}", {})
-            return
-        identity = (message.version, message.tick, message.lineage)
-        if self._store.others(identity):
-            self._drop([message.version])
-        for name, size in self._store.keep_slice(message, bases).items():
-            self._came(identity, _part_of(name) or "slice", lambda size=size: size)
+                    version = message.basis_version
+                    raise SnapshotRefused(f"basis version {version}, which its batch is pinned to, is gone")
+            if self._store.others(identity):
+                self._drop([message.version])
+            for part, size in self._store.keep_slice(message, bases).items():
+                self._came(message.version, part, size)
+        except Exception as error:  # noqa: BLE001 - logged and told there
+            self._refused(f"stage {stage}, slice", message, error)
+
+    def _refused(self, what: str, message: Snapshot | Slice, error: Exception) -> str:
+        """Say why something is not kept. What nobody foresaw, a full disk or a bug, is ours, and no reason to end a run."""
+        text = str(error)
+        if not isinstance(error, (SnapshotRefused, BadFrame)):
+            log.error("%s %d", what, message.version, exc_info=error)
+            text = f"{type(error).__name__}: {error}"
+        self._event("snapshot_refused", f"{what} {message.version}: {text}", {})
+        return text
 
     def _check(self, header: Header, epoch: int, version: int, tick: int) -> None:
         if header.epoch != epoch:
@@ -208,11 +211,8 @@ class Corrector:
         if tick > self._now() + MOST_AHEAD:
             raise SnapshotRefused(f"tick {tick}; the run is at {self._now()}")
 
-    def _came(self, identity: Identity, part: int | Literal["slice", "logprobs"], keep: Callable[[], int]) -> None:
-        """A part of a pair is here. What there is of the same version from another history goes first."""
-        if self._store.others(identity):
-            self._drop([identity[0]])
-        self._drop(self._ring.part_came(identity[0], part, keep()))
+    def _came(self, version: int, part: Part, size: int) -> None:
+        self._drop(self._ring.part_came(version, part, size))
         self._prune()
         self._wake.set()
 
@@ -223,7 +223,7 @@ class Corrector:
 
     def _prune(self) -> None:
         """What has had its time goes: pairs by the ring's rules, corrections once a newer one is due or they are too old."""
-        gone = self._ring.drop(self._now(), self._k_max)
+        gone = self._ring.drop(self._now(), self._oldest)
         if unmade := [version for version in gone if version not in self._made]:
             self._event(
                 "snapshots_passed_over", f"{', '.join(map(str, unmade))}: too old, or overtaken by newer ones", {}
@@ -241,11 +241,9 @@ class Corrector:
     async def run(self) -> None:
         """Replay the newest pair whenever there is one, until cancelled. A replay that fails costs one correction."""
         loop = asyncio.get_running_loop()
-        # Bases do not mind the age of a replay, so with `refresh` none is passed over for it.
-        oldest = self._k_max if self.refresh is None else ANY_AGE
         try:
             while True:
-                version = self._ring.next_replay(self._now(), oldest)
+                version = self._ring.next_replay(self._now(), self._oldest)
                 if version is None:
                     self._wake.clear()
                     await self._wake.wait()
@@ -253,17 +251,16 @@ class Corrector:
                 self._ring.start(version)
                 try:
                     made = await loop.run_in_executor(self._thread, self._make, version)
+                    if self._ring.replaying == version:  # else the run went back meanwhile, and its pair is gone
+                        self._deliver(made)
+                        self._ring.replayed(version)
                 except Cancelled:
                     return
-                except Exception as error:  # memory, a damaged file, a bug: training goes on without this one
+                except Exception as error:  # memory, a full disk, a bug: training goes on without this one
                     log.exception("replay of snapshot %d", version)
                     self._event("replay_failed", f"snapshot {version}: {type(error).__name__}: {error}", {})
                     if self._ring.replaying == version:
                         self._drop([version])
-                else:
-                    if self._ring.replaying == version:  # else the run went back meanwhile, and its pair is gone
-                        self._deliver(made)
-                        self._ring.replayed(version)
                 self._prune()
         finally:
             self._stopped.set()
@@ -352,10 +349,3 @@ def pair_bytes(manifest: Manifest, model_path: Path) -> int:
     shape = read_shape(model_path)
     numbers = sum(torch.Size(dims).numel() for span in manifest.spans for dims in tensor_shapes(shape, span).values())
     return each * numbers + SLICE_BYTES
-
-
-def _part_of(name: str) -> int | str | None:
-    """The ring's name of a part by its file's; None for what is no part of a pair."""
-    if name.startswith("stage-"):
-        return int(name[len("stage-") :].split(".")[0])
-    return {"slice.pb": "slice", "logprobs.pb": "logprobs"}.get(name)

@@ -28,12 +28,14 @@ from codec import weight_delta
 from codec.basis import Basis
 from codec.errors import CodecError
 from codec.spec import Direction
+from swarm_core.learning.replay_ring import Part
 from swarm_core.wire.bases import Key
 from swarm_core.wire.corrections import digest_of
 from swarm_core.wire.messages import Correction, Slice, Snapshot, from_bytes, to_bytes
 
 FOLDER = "replay"
 SLICE, LOGPROBS, BASES = "slice.pb", "logprobs.pb", "bases.safetensors"
+PART_OF: dict[str, Part] = {SLICE: "slice", LOGPROBS: "logprobs"}  # files of a pair; a stage's part is its number
 MADE, STATE = "made", "state.safetensors"
 Shape = tuple[int, ...]
 Identity = tuple[int, int, int]  # version, the tick it was taken in, lineage of the history before that tick
@@ -123,17 +125,16 @@ class ReplayStore:
 
     # Slices and bases --------------------------------------------------------------------------------------------------
 
-    def keep_slice(self, message: Slice, bases: Mapping[Key, Basis] | None) -> dict[str, int]:
+    def keep_slice(self, message: Slice, bases: Mapping[Key, Basis] | None) -> dict[Part, int]:
         """Keep what a tick consumed, and with stage 0's part the bases that its batch was pinned to; returns the parts
         that it makes, with sizes. A stage alone sends both parts in one."""
         pair = self._pair((message.version, message.tick, message.lineage))
-        data, sizes = to_bytes(message), {}
+        data, sizes = to_bytes(message), dict[Part, int]()
         for name in ([SLICE] if message.prompt_ids else []) + ([LOGPROBS] if message.scored else []):
-            sizes[name] = len(data)
             if name == SLICE and bases is not None:
                 _renamed(pair / BASES, lambda to: _save_bases(to, bases))
-                sizes[name] += (pair / BASES).stat().st_size
             _renamed(pair / name, lambda to: to.write_bytes(data))
+            sizes[PART_OF[name]] = _size(pair / name)
         return sizes
 
     def slice(self, version: int) -> tuple[Slice, Slice]:
@@ -162,14 +163,15 @@ class ReplayStore:
         """One stage's weights of a pair, in parameter order, as they travelled."""
         return _tensors(self._folder(version) / self._base(stage).name)
 
-    def pairs(self) -> dict[Identity, dict[str, int]]:
-        """What is here, by (version, tick, lineage): the size in bytes of each file. Folders without a part are deleted."""
-        found: dict[Identity, dict[str, int]] = {}
+    def pairs(self) -> dict[Identity, dict[Part, int]]:
+        """What is here, by (version, tick, lineage): the parts, with sizes in bytes. What is torn is deleted, and so are
+        folders without a part."""
+        found: dict[Identity, dict[Part, int]] = {}
         for folder in sorted(self._root.glob("[0-9]*-*-*")):
             for torn in folder.glob("*.tmp"):
                 torn.unlink()
-            sizes = {f.name: f.stat().st_size for f in folder.iterdir()}
-            if not set(sizes) - {BASES}:
+            sizes: dict[Part, int] = {_part(file): _size(file) for file in folder.iterdir() if file.name != BASES}
+            if not sizes:
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
             version, tick, lineage = folder.name.split("-")
@@ -243,6 +245,16 @@ class ReplayStore:
 
     def _incoming(self, stage: int) -> Path:
         return self._root / "incoming" / f"stage-{stage:02d}.part"
+
+
+def _part(file: Path) -> Part:
+    return PART_OF[file.name] if file.name in PART_OF else int(file.stem.split("-")[1])
+
+
+def _size(file: Path) -> int:
+    """Of a part's file; the bases count with the slice that they came with."""
+    bases = file.with_name(BASES)
+    return file.stat().st_size + (bases.stat().st_size if file.name == SLICE and bases.exists() else 0)
 
 
 def _identity(path: Path) -> Identity:

@@ -45,13 +45,11 @@ class SnapshotShipper:
         self._now: _UnderWay | None = None
         self._base: tuple[int, list[Tensor]] | None = None  # the newest version that the anchor holds whole
         self._wake = asyncio.Event()
-        self.skipped = 0  # snapshots that a newer one overtook before they left
 
     def offer(self, capture: Capture) -> None:
         """Ship this one next, or the one that waits already: the stages must agree without a word, as a replay needs the
         same version of all of them. So it is the one that more powers of two divide, and of two alike the newer."""
         if self._waiting is not None:
-            self.skipped += 1
             capture, left = sorted((capture, self._waiting), key=lambda c: (c.version & -c.version, c.version))[::-1]
             log.info("snapshot %d is passed over: %d goes next", left.version, capture.version)
         self._waiting = capture

@@ -12,9 +12,8 @@ under replay. With `limit_bytes` >= `needed_bytes(pair)` none goes before its fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from swarm_core.learning.errors import LearningError
 from swarm_core.learning.latency import FireSchedule
@@ -24,8 +23,7 @@ MIB = 1 << 20
 
 
 class RingError(LearningError):
-    """A ring too small, a part or version that is not its own, or a state that does not fit. Fields: what, got, wanted,
-    todo."""
+    """A ring too small, or a part or version that is not its own. Fields: what, got, wanted, todo."""
 
     def __init__(self, what: str, got: object, wanted: object, todo: str) -> None:
         super().__init__(f"{what}: got {got}, wanted {wanted}; {todo}")
@@ -39,7 +37,10 @@ class _Pair:
 
 
 class ReplayRing:
-    """The pairs of one run. Versions are those of the corrections that will be made of them (`FireSchedule`)."""
+    """The pairs of one run. Versions are those of the corrections that will be made of them (`FireSchedule`).
+
+    It keeps nothing by itself: after a restart or a rollback a new one is told what the volume holds.
+    """
 
     def __init__(self, schedule: FireSchedule, stages: int, limit_bytes: int) -> None:
         if stages < 1 or limit_bytes < 1:
@@ -147,52 +148,16 @@ class ReplayRing:
         self._pairs.pop(version, None)
         self._stop(version)
 
-    def rewind(self, tick: int) -> list[int]:
-        """The run was set back and will do `tick` next: pairs from it on are of a history that is no more. Returns them
-        for deletion, one under replay included; their versions will come again."""
-        count = self.schedule.count_before(tick)
-        if self._overtaken > count:
-            self._overtaken = 0
-        self._now = tick
-        return self._forget([version for version in self._pairs if version > count])
-
     # The books -----------------------------------------------------------------------------------------------------
 
     def held(self) -> list[int]:
         """The versions with any part, in order."""
         return sorted(self._pairs)
 
-    def missing(self, version: int) -> list[Part]:
-        """The parts of `version` that have not come."""
-        parts = self._pairs[version].parts if version in self._pairs else {}
-        return [part for part in self._wanted() if part not in parts]
-
     @property
     def held_bytes(self) -> int:
         """Bytes of all parts held."""
         return sum(sum(pair.parts.values()) for pair in self._pairs.values())
-
-    def state(self) -> dict[str, Any]:
-        """JSON-able. A replay under way is not part of it: after a restart it begins anew."""
-        pairs = [[v, [[p, n] for p, n in q.parts.items()], q.replayed] for v, q in sorted(self._pairs.items())]
-        return {"now": self._now, "overtaken": self._overtaken, "pairs": pairs}
-
-    def load(self, state: Mapping[str, Any]) -> list[int]:
-        """Take up a saved state; returns versions to delete where the limit is smaller now. Raises RingError, and
-        changes nothing, for a state of another ring."""
-        try:
-            now, overtaken = int(state["now"]), int(state["overtaken"])
-            pairs = {int(v): _Pair({p: int(n) for p, n in parts}, bool(done)) for v, parts, done in state["pairs"]}
-        except (KeyError, TypeError, ValueError) as error:
-            raise RingError("ring state", f"{type(error).__name__}: {error}", "what state() gave", _ANEW) from None
-        wanted = set(self._wanted())
-        odd = [
-            v for v, q in pairs.items() if v < 1 or not q.parts.keys() <= wanted or min(q.parts.values(), default=0) < 0
-        ]
-        if odd:
-            raise RingError("ring state", f"odd parts in pairs {odd}", f"parts of {self.stages} stages", _ANEW)
-        self._pairs, self._replaying, self._overtaken, self._now = pairs, None, overtaken, now
-        return self._make_room()
 
     def _wanted(self) -> list[Part]:
         return [*range(self.stages), "slice", "logprobs"]
@@ -228,6 +193,3 @@ class ReplayRing:
     def _stop(self, version: int) -> None:
         if self._replaying == version:
             self._replaying = None
-
-
-_ANEW = "start with an empty ring, or the number of stages it was made with"

@@ -85,27 +85,27 @@ class Rig:
         batch.old_logprobs_M = torch.full((18,), -1.0)
         return batch
 
-    def snapshot(self, stage: int, version: int, tick: int) -> Snapshot:
+    def snapshot(self, stage: int, version: int, tick: int, lineage: int = 9) -> Snapshot:
         packet = weight_delta.encode(self.weights[stage], None)
-        return Snapshot(version, tick, 9, 0, len(packet), 0, packet, digest_of(packet))
+        return Snapshot(version, tick, lineage, 0, len(packet), 0, packet, digest_of(packet))
 
-    def slices(self, version: int, tick: int) -> tuple[Slice, Slice]:
+    def slices(self, version: int, tick: int, lineage: int = 9) -> tuple[Slice, Slice]:
         batch = self.batch()
         both = (
             slice_message(batch.only(0), None, self.manifest.vocab),
             slice_message(None, batch.only(0), self.manifest.vocab),
         )
         for message in both:
-            message.version, message.tick, message.lineage = version, tick, 9
+            message.version, message.tick, message.lineage = version, tick, lineage
         return both
 
-    async def feed(self, version: int, tick: int) -> list[SnapshotHeld]:
+    async def feed(self, version: int, tick: int, lineage: int = 9) -> list[SnapshotHeld]:
         """A whole pair."""
-        first, last = self.slices(version, tick)
+        first, last = self.slices(version, tick, lineage)
         self.corrector.take_slice(0, header(), EPOCH, first)
         self.corrector.take_slice(1, header(), EPOCH, last)
         return [
-            await self.corrector.take_snapshot(stage, header(), EPOCH, self.snapshot(stage, version, tick))
+            await self.corrector.take_snapshot(stage, header(), EPOCH, self.snapshot(stage, version, tick, lineage))
             for stage in (0, 1)
         ]
 
@@ -116,6 +116,10 @@ class Rig:
             while not holds() and not self.running.done():
                 await asyncio.sleep(0.01)
         assert holds()
+
+    def held(self, stage: int) -> int:
+        """The newest version of a stage's weights that is whole on the volume."""
+        return ReplayStore(self.out, [], torch.float32).base(stage)[0]
 
     def refused(self) -> list[str]:
         return [text for name, text in self.events if name == "snapshot_refused"]
@@ -183,7 +187,7 @@ def test_a_restarted_anchor_carries_on_from_its_volume(rig: Rig) -> None:
 
         rig.again().take_up(None)
         assert [rig.corrector.pending(stage) for stage in (0, 1)] == made
-        assert [rig.corrector.held(stage) for stage in (0, 1)] == [2, 1]
+        assert [rig.held(stage) for stage in (0, 1)] == [2, 1]
         await rig.corrector.take_snapshot(1, header(), EPOCH, rig.snapshot(1, 2, 10))  # the one that was missing
         await rig.until(lambda: len(rig.sent) == 4)
 
@@ -202,7 +206,7 @@ def test_a_rollback_forgets_the_future_and_nothing_else(rig: Rig) -> None:
 
         rig.again().take_up(5)
         assert [c.version for c in rig.corrector.pending(0)] == [1]
-        assert not pairs() and rig.corrector.held(0) == 0
+        assert not pairs() and rig.held(0) == 0
         rig.again().take_up(0)
         assert rig.corrector.pending(0) == []
 
@@ -225,7 +229,7 @@ def test_a_bad_snapshot_is_refused_in_words(rig: Rig, changes: dict[str, Any], e
     message = replace(rig.snapshot(0, 1, 0), **changes)
     answer = asyncio.run(rig.corrector.take_snapshot(0, header(epoch), EPOCH, message))
     assert word in answer.refused and not answer.whole and word in rig.refused()[0]
-    assert rig.corrector.held(0) == 0
+    assert rig.held(0) == 0
 
 
 def test_snapshots_of_another_shape_or_that_are_not_finite_are_refused(rig: Rig) -> None:
@@ -263,3 +267,101 @@ def test_a_pair_that_cannot_be_replayed_costs_itself_alone(rig: Rig) -> None:
 
     asyncio.run(run())
     assert "old log-probs" in dict(rig.events)["replay_failed"]
+
+
+def test_a_rollback_into_skipped_ticks_takes_the_snapshot_of_the_new_history(rig: Rig) -> None:
+    """Due in tick 10, taken in 12 as 10 and 11 were skipped; the run starts again at 11 and takes it there: the number is
+    the same, and nothing else."""
+
+    async def run() -> None:
+        rig.now = 13
+        await rig.feed(2, 12)
+        await rig.until(lambda: len(rig.sent) == 2)
+        rig.again().take_up(11)
+        rig.now = 11
+        assert rig.corrector.pending(0) == [] and rig.held(0) == 0
+        held = await rig.feed(2, 11, lineage=5)
+        assert all(h.whole for h in held)
+        await rig.until(lambda: len(rig.sent) == 4)
+
+    asyncio.run(run())
+    assert [(c.tick, c.lineage) for _, c in rig.sent] == [(12, 9), (12, 9), (11, 5), (11, 5)]
+
+
+def test_parts_of_another_history_never_mix(rig: Rig) -> None:
+    async def run() -> None:
+        rig.now = 13
+        first, last = rig.slices(2, 12)
+        rig.corrector.take_slice(0, header(), EPOCH, first)
+        rig.corrector.take_slice(1, header(), EPOCH, last)
+        for stage in (0, 1):
+            await rig.corrector.take_snapshot(stage, header(), EPOCH, rig.snapshot(stage, 2, 11, lineage=5))
+        pairs = ReplayStore(rig.out, [], torch.float32).pairs()
+        assert list(pairs) == [(2, 11, 5)] and set(pairs[(2, 11, 5)]) == {0, 1}
+
+    asyncio.run(run())
+
+
+def test_several_pending_corrections_survive_a_restart_and_none_is_made_twice(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, {"anchor.latency": "fixed", "anchor.delay_k": "20"})
+
+    async def run() -> None:
+        rig.now = 21
+        for version in (1, 2, 3):  # none of them is due before tick 20
+            await rig.feed(version, 10 * (version - 1))
+        rig.now = 19
+        await rig.until(lambda: len(rig.sent) == 6)
+        pending = rig.corrector.pending(1)
+        assert [c.version for c in pending] == [1, 2, 3]
+        rig.again().take_up(None)
+        assert rig.corrector.pending(1) == pending
+        rig.again().take_up(15)
+        assert [c.version for c in rig.corrector.pending(1)] == [1, 2]
+        await rig.feed(3, 20, lineage=4)
+        await rig.until(lambda: len(rig.sent) == 8)
+
+    asyncio.run(run())
+    assert [c.version for stage, c in rig.sent if stage == 0] in ([3, 2, 1, 3], [3, 1, 2, 3])
+
+
+@pytest.mark.parametrize("broken", ["keep_slice", "place", "keep_made"])
+def test_a_full_disk_costs_one_correction(rig: Rig, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def run() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(ReplayStore, broken, full)
+            await rig.feed(1, 0)
+            if broken == "keep_made":
+                await rig.until(lambda: bool(rig.events))
+        await rig.feed(2, 10)
+        await rig.until(lambda: len(rig.sent) == 2)
+
+    asyncio.run(run())
+    assert {c.version for _, c in rig.sent} == {2}
+    assert "No space left" in rig.events[0][1] and rig.events[0][0] in ("snapshot_refused", "replay_failed")
+
+
+def test_with_bases_out_of_replays_no_pair_is_too_old_to_be_replayed(rig: Rig) -> None:
+    """The bases do not mind an age at which a correction is of no use. `refresh` comes after the task has begun."""
+
+    class Refresh:
+        watched = 0
+
+        def watch(self, *_: object) -> None:
+            self.watched += 1
+
+        def solve(self, _tick: int) -> dict[Any, Any]:
+            return {}
+
+    async def run() -> None:
+        await rig.until(lambda: True)
+        rig.corrector.refresh = refresh  # type: ignore[assignment]
+        rig.now = 1000
+        await rig.feed(1, 0)
+        await rig.until(lambda: bool(rig.events))
+
+    refresh = Refresh()
+    asyncio.run(run())
+    assert refresh.watched and [name for name, _ in rig.events] == ["correction"] and not rig.sent

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +28,10 @@ from codec.fit import Fit
 from swarm_core.learning.latency import FireSchedule
 from swarm_core.learning.merge import smooth
 from swarm_core.learning.replay_ring import MIB, Part, ReplayRing
-from swarm_core.learning.stage import Stage, build_stage
+from swarm_core.learning.stage import Stage
 from swarm_core.manifest import Manifest
-from swarm_core.models.architecture import hf_config, read_shape
-from swarm_core.models.reading import tensor_shapes
+from swarm_core.models.architecture import read_shape
+from swarm_core.models.reading import stage_with, tensor_shapes
 from swarm_core.wire.bases import Key
 from swarm_core.wire.corrections import correction_spec, digest_of, read_slice
 from swarm_core.wire.errors import BadFrame
@@ -83,8 +82,7 @@ class Corrector:
     ) -> None:
         config, shape = manifest.config, read_shape(model_path)
         self.manifest, self._fires = manifest, fires
-        self._named = [tensor_shapes(shape, span) for span in manifest.spans]
-        shapes = [list(named.values()) for named in self._named]
+        shapes = [list(tensor_shapes(shape, span).values()) for span in manifest.spans]
         self._master = torch.float64 if config.run.precision == "fp64" else torch.float32
         self._store = ReplayStore(out, shapes, self._master)
         self._k_max = config.corrections.k_max
@@ -99,7 +97,7 @@ class Corrector:
         self._decoding: set[int] = set()  # stages whose last part has come
         self._needs_bases = manifest.link().kind == "lowrank" and manifest.boundaries > 0
         self._needs_bases &= config.corrections.merger == "held_delta"
-        self._hf_config = hf_config(model_path)
+        self._model_path = model_path
         self._device = device
         self._send, self._event, self._now, self._bases, self._adopt = send, event, now, bases, adopt
         self.refresh: ReplayBases | None = None  # what makes bases of the replays; set before the first one
@@ -292,18 +290,19 @@ class Corrector:
         first, last = self._store.slice(version)
         batch = read_slice(first, last, self.manifest.config.swarm.microbatch_size, self.manifest.vocab)
         replay = DenseReplay(self.manifest, lambda i: self._stage(version, i), self._device)
-        options: dict[str, Any] = {"tick": first.tick, "cancelled": self._stopped.is_set}
-        tensors = replay.run(batch, codec=False, watch=self.refresh and self.refresh.watch, **options).gradients
-        if self.manifest.config.corrections.merger == "held_delta":
-            compressed = replay.run(batch, self._store.bases(version), codec=True, **options).gradients
-            for m, g in zip(tensors, compressed, strict=True):
-                torch._foreach_sub_(m, g)
+        tensors = replay.needed(
+            batch,
+            self._store.bases(version),
+            tick=first.tick,
+            watch=self.refresh and self.refresh.watch,
+            cancelled=self._stopped.is_set,
+        )
         mean, tensors = self._smoothed(tensors)
         taken_s = time.monotonic() - started
         if self._stopped.wait((self.manifest.config.anchor.slowdown - 1.0) * taken_s):
             raise Cancelled
-        latency = self._fires.fire_tick(version) - self._fires.tick_of(version)
-        about = version, first.tick, max(first.tick, self._now()), first.tick + max(1, latency), first.lineage
+        born, first_use = max(first.tick, self._now()), self._fires.not_before(version, first.tick)
+        about = version, first.tick, born, first_use, first.lineage
         corrections: dict[int, Correction] = {}
         starts = []
         for stage, (encoder, parts) in enumerate(zip(self._encoders, tensors, strict=True)):
@@ -318,8 +317,7 @@ class Corrector:
 
     def _stage(self, version: int, stage: int) -> Stage:
         weights = self._store.weights(version, stage)
-        named = {name: t.to(self._master) for name, t in zip(self._named[stage], weights, strict=True)}
-        return build_stage(self._hf_config, self.manifest.spans[stage], named, self._master)
+        return stage_with(self._model_path, self.manifest.spans[stage], weights, self._master)
 
     def _smoothed(self, tensors: Gradients) -> tuple[Gradients | None, Gradients]:
         """(the running mean, what corrections are made of)."""

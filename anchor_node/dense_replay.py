@@ -102,6 +102,23 @@ class DenseReplay:
             gradients.append(work.backward(self._opened(i)))
         return Replayed(gradients[::-1], merge_metrics(work.metrics))
 
+    def needed(
+        self,
+        batch: Batch,
+        bases: Mapping[Key, Basis] | None,
+        *,
+        tick: int,
+        watch: Watch | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> list[list[Tensor]]:
+        """What corrections are made of, a list a stage: M, or for `held_delta` M - G_comp. Arguments and errors of `run`."""
+        dense = self.run(batch, codec=False, tick=tick, watch=watch, cancelled=cancelled).gradients
+        if self.manifest.config.corrections.merger == "held_delta":
+            compressed = self.run(batch, bases, codec=True, tick=tick, cancelled=cancelled).gradients
+            for m, g in zip(dense, compressed, strict=True):
+                torch._foreach_sub_(m, g)
+        return dense
+
     def _opened(self, number: int) -> Stage:
         return self._open_stage(number).to(self.objective.device, self.objective.dtype)
 

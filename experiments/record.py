@@ -7,7 +7,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,12 @@ def facts(load_before: float | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
     }
     return found if load_before is None else {**found, "load": [load_before, os.getloadavg()[0]]}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Container[int] = (0,)) -> str:
+    """A markdown table; the columns in `left` are left-aligned, the others right."""
+    rule = ["---" if column in left else "--:" for column in range(len(head))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rows))
 
 
 def write(

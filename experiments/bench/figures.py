@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from experiments import record
 from experiments.bench.sides import Turn
 
 SETTLING = (
@@ -98,5 +99,5 @@ def cells(name: str, found: dict[str, Any]) -> list[str]:
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """The same cells as a markdown table."""
-    lines = [[title for title, _ in COLUMNS], ["---" if side == "left" else "--:" for _, side in COLUMNS], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    left = [column for column, (_, side) in enumerate(COLUMNS) if side == "left"]
+    return record.table([title for title, _ in COLUMNS], rows, left)

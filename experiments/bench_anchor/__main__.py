@@ -19,7 +19,7 @@ from anchor_node.record import read_run
 from experiments import record
 from experiments.bench.figures import SETTLING
 from experiments.bench.workload import TINY, Workload
-from experiments.bench_anchor.figures import against, cells, level, markdown_table, snapshot_ticks
+from experiments.bench_anchor.figures import COLUMNS, against, cells, level, snapshot_ticks
 from experiments.bench_anchor.sides import CADENCE, OFF, OFTEN, SETTLE, SIDES, AnchorSide, AnchorTurn, start
 from experiments.children import BenchError
 
@@ -79,7 +79,7 @@ def waited(results: dict[str, dict[str, Any]]) -> tuple[int, int, float]:
 
 def report(results: dict[str, dict[str, Any]], rounds: int, facts: dict[str, Any]) -> str:
     """The page that benchmarks/ keeps."""
-    table = markdown_table([cells(name, side) for name, side in results.items()])
+    table = record.table(COLUMNS, [cells(name, side) for name, side in results.items()])
     told, ticks, wait_s = waited(results)
     return f"""\
 # Corrections on and off: what the slow anchor costs the ticks

@@ -107,8 +107,3 @@ def cells(name: str, side: Mapping[str, Any]) -> list[str]:
     own = side["level"]
     ends = [f"{1e3 * own['anchor_cpu_s']:.0f} ms", str(run["made"]), f"{run['merged_ticks']} of {run['ticks']}"]
     return [name, f"{own['tokens_per_s']:,.0f}", *compared, *ends]
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [list(COLUMNS), ["---", *["--:"] * (len(COLUMNS) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -42,6 +42,14 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, t * statistics.stdev(values) / math.sqrt(len(values)))
 
 
+def signed(found: Interval | None) -> str:
+    """A difference with its interval, where it has one."""
+    if found is None:
+        return ""
+    half = "" if math.isinf(found.half) else f" ± {found.half:.4f}"
+    return f"{found.mean:+.4f}{half}"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One line of the table. Differences are to dense runs of the same seeds; None where there are none.

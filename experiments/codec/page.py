@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.codec.figures import MARGIN, Cell, Interval
+from experiments import record
+from experiments.codec.figures import MARGIN, Cell, Interval, signed
 
 LOWEST = -0.032  # of the plot: what lost more stands at its foot, so that the others can be told apart
 
@@ -20,9 +21,7 @@ TITLES = (
 
 def table(cells: Sequence[Cell]) -> str:
     """A markdown table, a line a cell."""
-    numbered = [[str(number), *_line(c)] for number, c in enumerate(cells)]
-    lines = [TITLES, ["--:", "---", *["--:"] * (len(TITLES) - 2)], *numbered]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return record.table(TITLES, [[str(number), *_line(c)] for number, c in enumerate(cells)], left=(1,))
 
 
 def _line(c: Cell) -> list[str]:
@@ -35,10 +34,10 @@ def _line(c: Cell) -> list[str]:
         f"{c.share_of_dense:.2%}",
         f"{c.overhead_share:.0%}",
         _accuracy(c.weights),
-        _difference(c.weights_less_dense),
+        signed(c.weights_less_dense),
         verdict,
         _accuracy(c.links),
-        _difference(c.links_less_dense),
+        signed(c.links_less_dense),
         f"{c.start_kl:.1e}",
         f"{c.end_kl:.1e}",
         f"{c.end_logp_shift:.2f}",
@@ -49,13 +48,6 @@ def _line(c: Cell) -> list[str]:
 
 def _accuracy(found: Interval) -> str:
     return f"{found.mean:.4f}"
-
-
-def _difference(found: Interval | None) -> str:
-    if found is None:
-        return ""
-    half = "" if math.isinf(found.half) else f" ± {found.half:.4f}"
-    return f"{found.mean:+.4f}{half}"
 
 
 def page(models: Mapping[str, Sequence[Cell]], workloads: Mapping[str, str], facts: Mapping[str, Any]) -> str:

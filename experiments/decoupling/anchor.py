@@ -20,10 +20,10 @@ from codec.corrections import CorrectionEncoder
 from experiments.codec.chain import Chain
 from swarm_core.learning.batch import Batch
 from swarm_core.learning.merge import smooth
-from swarm_core.learning.stage import Stage, build_stage
+from swarm_core.learning.stage import Stage
 from swarm_core.manifest import Manifest
-from swarm_core.models.architecture import hf_config, read_shape
-from swarm_core.models.reading import tensor_shapes
+from swarm_core.models.architecture import read_shape
+from swarm_core.models.reading import stage_with, tensor_shapes
 from swarm_core.wire.bases import Key
 from swarm_core.wire.corrections import correction_spec, digest_of, read_slice, slice_message
 from swarm_core.wire.messages import Correction, FrameKind, Slice, Snapshot, from_bytes, to_bytes
@@ -40,11 +40,10 @@ class LaggingAnchor:
         assert fires is not None, "a run without a merger has no corrections"
         self.manifest, self._fires, self._chain = manifest, fires, chain
         shape = read_shape(model_path)
-        self._named = [tensor_shapes(shape, span) for span in manifest.spans]
-        self.shapes = [list(named.values()) for named in self._named]
+        self.shapes = [list(tensor_shapes(shape, span).values()) for span in manifest.spans]
         self._spec, seed = correction_spec(manifest.config), manifest.config.run.seed
         self._encoders = [CorrectionEncoder(self._spec, of, seed + i) for i, of in enumerate(self.shapes)]
-        self._hf_config = hf_config(model_path)
+        self._model_path = model_path
         self._means: Gradients | None = None
         self._held: list[list[Tensor] | None] = [None] * manifest.stages  # what the next snapshot is a delta against
 
@@ -53,12 +52,12 @@ class LaggingAnchor:
 
         Returns what the wire form keeps of the corrections: cos(decoded, exact) over all stages.
         """
-        first = captures[0]
+        first, weights = captures[0], [capture.rounded() for capture in captures]
         for number, capture in enumerate(captures):
-            self._ship(number, capture)
-        exact = self._smoothed(self.replayed(captures, self._slice(captures)))
-        latency = self._fires.fire_tick(first.version) - self._fires.tick_of(first.version)
-        fire = first.tick + max(1, latency)
+            self._ship(number, capture, weights[number])
+        replay = DenseReplay(self.manifest, lambda i: self._opened(i, weights[i]), torch.device("cpu"))
+        exact = self._smoothed(self.needed(replay, weights, self._slice(captures), first))
+        fire = self._fires.not_before(first.version, first.tick)
         decoded = []
         for number, (encoder, parts) in enumerate(zip(self._encoders, exact, strict=True)):
             packet = encoder.encode(parts)
@@ -72,23 +71,12 @@ class LaggingAnchor:
             decoded.append(corrections.decode(packet, self._spec, self.shapes[number]))
         return cosine(decoded, exact)
 
-    def replayed(self, captures: Sequence[Capture], batch: Batch) -> Gradients:
-        """What the merger needs of a snapshot: M, or M - G_comp."""
-        dense = self.gradients(captures, batch, codec=False)
-        if self.manifest.config.corrections.merger == "held_delta":
-            return difference(dense, self.gradients(captures, batch, codec=True))
-        return dense
-
-    def gradients(self, captures: Sequence[Capture], batch: Batch, *, codec: bool) -> Gradients:
-        """Of the slice at the snapshot's weights, dense or as it was seen through the links."""
-        weights = [capture.rounded() for capture in captures]
-        replay = DenseReplay(self.manifest, lambda i: self._opened(i, weights[i]), torch.device("cpu"))
-        bases = self._bases(captures[0].basis_version) if codec else None
-        return replay.run(batch, bases, codec=codec, tick=captures[0].tick).gradients
+    def needed(self, replay: DenseReplay, weights: Gradients, batch: Batch, capture: Capture) -> Gradients:
+        """What the merger needs of a snapshot, whose weights are those that `replay` opens."""
+        return replay.needed(batch, self.bases(capture.basis_version), tick=capture.tick)
 
     def _opened(self, number: int, weights: Sequence[Tensor]) -> Stage:
-        named = {name: t.float() for name, t in zip(self._named[number], weights, strict=True)}
-        return build_stage(self._hf_config, self.manifest.spans[number], named, torch.float32)
+        return stage_with(self._model_path, self.manifest.spans[number], weights)
 
     def _smoothed(self, new: Gradients) -> Gradients:
         means: Sequence[list[Tensor] | None] = self._means or [None] * len(new)
@@ -96,14 +84,13 @@ class LaggingAnchor:
         self._means = [smooth(mean, parts, beta) for mean, parts in zip(means, new, strict=True)]
         return self._means
 
-    def _bases(self, version: int) -> dict[Key, Basis]:
+    def bases(self, version: int) -> dict[Key, Basis]:
         return {key: basis for stage in self._chain.stages for key, basis in stage.bases.get(version, {}).items()}
 
     # What crosses ------------------------------------------------------------------------------------------------------
 
-    def _ship(self, number: int, capture: Capture) -> None:
+    def _ship(self, number: int, capture: Capture, weights: list[Tensor]) -> None:
         """A stage's weights, as a delta against its last ones. What is decoded is what was sent, bit for bit."""
-        weights = capture.rounded()
         packet = weight_delta.encode(weights, self._held[number])
         self._held[number] = weights
         about = capture.version, capture.tick, capture.lineage, capture.version - 1, len(packet), 0
@@ -123,10 +110,6 @@ class LaggingAnchor:
 
     def count(self, kind: FrameKind, tick: int, number: int, direction: str, payload: bytes) -> None:
         self._chain.count(kind, tick, f"anchor-stage{number}", direction, len(payload))
-
-
-def difference(a: Gradients, b: Gradients) -> Gradients:
-    return [[x - y for x, y in zip(*parts, strict=True)] for parts in zip(a, b, strict=True)]
 
 
 def cosine(a: Gradients, b: Gradients) -> float:

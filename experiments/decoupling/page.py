@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.codec.figures import Interval
+from experiments import record
+from experiments.codec.figures import Interval, signed
 from experiments.decoupling.cells import CELLS, EVAL_EVERY
 from experiments.decoupling.cells import Cell as Declared
 from experiments.decoupling.figures import MARGIN, Cell, Pinning
@@ -27,7 +28,7 @@ def cells_table(cells: Sequence[Cell]) -> str:
             c.name, str(c.seeds), both(c.final), signed(c.less_none), verdict, signed(c.less_dense), both(c.lowest),
             both(c.mean), dose,
         ])  # fmt: skip
-    return _table(titles, lines)
+    return record.table(titles, lines)
 
 
 def behaviour_table(cells: Sequence[Cell]) -> str:
@@ -42,12 +43,12 @@ def behaviour_table(cells: Sequence[Cell]) -> str:
             sized = [f"{c.lambda_:.2f}", f"{c.c:.2f}"] if c.lambda_ else ["", ""]
             about = [f"{c.latency:.1f}", *sized, f"{c.cos:+.3f}", f"{c.form_cosine:.2f}"]
         lines.append([c.name, both(c.length, 3), both(c.entropy, 3), both(c.clip, 4), both(c.links), *about])
-    return _table(titles, lines)
+    return record.table(titles, lines)
 
 
 def effects_table(effects: Sequence[tuple[str, Interval, Interval]]) -> str:
     lines = [[name, signed(end), signed(over)] for name, end, over in effects]
-    return _table(("signed_ema, what was changed", "final accuracy", "mean over the run"), lines)
+    return record.table(("signed_ema, what was changed", "final accuracy", "mean over the run"), lines)
 
 
 def pinning_table(cells: Sequence[Pinning]) -> str:
@@ -62,7 +63,7 @@ def pinning_table(cells: Sequence[Pinning]) -> str:
         ]
         for c in cells
     ]  # fmt: skip
-    return _table(titles, lines)
+    return record.table(titles, lines)
 
 
 def sizes_table(found: Mapping[str, Any]) -> str:
@@ -87,7 +88,7 @@ def sizes_table(found: Mapping[str, Any]) -> str:
         "", "bytes", "in ticks of the fast path", "cos(decoded, exact)", f"total at cadence {DEFAULT_CADENCE}",
         "with bases and sketches", "and the first snapshot", "cadence at which the total is 2",
     )  # fmt: skip
-    return _table(titles, lines)
+    return record.table(titles, lines)
 
 
 def totals(found: Mapping[str, Any], correction: float) -> tuple[float, float, float]:
@@ -198,15 +199,3 @@ file; {found["snapshots"]} snapshots. Message bytes, sums over the stages.
 def both(found: Interval, digits: int = 3) -> str:
     half = "" if math.isinf(found.half) else f" ± {found.half:.{digits}f}"
     return f"{found.mean:.{digits}f}{half}"
-
-
-def signed(found: Interval | None) -> str:
-    if found is None:
-        return ""
-    half = "" if math.isinf(found.half) else f" ± {found.half:.4f}"
-    return f"{found.mean:+.4f}{half}"
-
-
-def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["--:"] * (len(titles) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (titles, rule, *lines))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from anchor_node.dense_replay import DenseReplay
 from codec import corrections, weight_delta
 from codec.corrections import CorrectionEncoder, CorrectionSpec
 from experiments.codec.chain import Chain
-from experiments.decoupling.anchor import Gradients, LaggingAnchor, cosine, difference
+from experiments.decoupling.anchor import Gradients, LaggingAnchor, cosine
 from experiments.decoupling.cells import SIZES
 from experiments.decoupling.training import LaggingTraining
 from swarm_core.config import RunConfig, load
@@ -53,12 +53,12 @@ class Scales(LaggingAnchor):
         self._specs = {form: CorrectionSpec(form, c.rank, c.share) for form in FORMS}
         self._warm: dict[tuple[str, str], list[CorrectionEncoder]] = {}
 
-    def replayed(self, captures: Sequence[Capture], batch: Batch) -> Gradients:
-        self.snapshots.append([capture.weights for capture in captures])
+    def needed(self, replay: DenseReplay, weights: Gradients, batch: Batch, capture: Capture) -> Gradients:
+        self.snapshots.append(weights)
         for name, bits in ROUNDED.items():
             self._weigh_snapshot(name, bits)
-        dense = self.gradients(captures, batch, codec=False)
-        delta = difference(dense, self.gradients(captures, batch, codec=True))
+        dense = replay.run(batch, codec=False, tick=capture.tick).gradients
+        delta = super().needed(replay, weights, batch, capture)
         for form in FORMS:
             self._weigh_correction(form, "M", dense)
             self._weigh_correction(form, "delta", delta)

@@ -24,7 +24,6 @@ from experiments.links.figures import (
     line_mbps,
     ratio_table,
     ratios,
-    table,
 )
 from experiments.links.pairs import Pair
 from swarm_core.wire.frames import chunk_count, message_bytes
@@ -155,7 +154,7 @@ Load average while the bench began and ended: {facts["load"][0]:.1f} and {facts[
 {emulated}
 ## A limit of one's own (`--limit-mbps`, loopback)
 
-{table(["limit, Mbit/s", "sent, Mbit/s on the line"], [[mbps, f"{got:.1f}"] for mbps, got in results["limited"].items()])}
+{record.table(["limit, Mbit/s", "sent, Mbit/s on the line"], [[mbps, f"{got:.1f}"] for mbps, got in results["limited"].items()])}
 """
 
 

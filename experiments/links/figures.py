@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from experiments import record
 from experiments.links.pairs import Arrival
 from swarm_core.wire.frames import chunk_count, message_bytes
 from swarm_core.wire.framing import MESSAGE_PREFIX_BYTES, SEGMENT_BYTES
@@ -50,12 +51,6 @@ def ratios(mine: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, the first column left, the others right."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def ratio_table(what: str, unit: str, found: dict[str, dict[str, Any]], wanted: float) -> str:
     rows = [
         [
@@ -69,7 +64,7 @@ def ratio_table(what: str, unit: str, found: dict[str, dict[str, Any]], wanted: 
         for name, f in found.items()
     ]
     head = [what, f"frames, {unit}", f"raw socket, {unit}", "ratio", "quartiles", f">= {wanted:g}"]
-    return table(head, rows)
+    return record.table(head, rows)
 
 
 def latency_table(sizes: Sequence[int], found: dict[str, dict[str, list[float]]], limit: float) -> str:
@@ -79,4 +74,4 @@ def latency_table(sizes: Sequence[int], found: dict[str, dict[str, list[float]]]
         cells = [f"{statistics.median(by_size[str(s)]):.2f} ({max(by_size[str(s)]):.2f})" for s in sizes]
         met = all(statistics.median(by_size[str(s)]) <= limit for s in sizes)
         rows.append([name, *cells, "yes" if met else "no"])
-    return table(["", *[f"{s / MB:g} MB" for s in sizes], f"medians <= {limit:g}"], rows)
+    return record.table(["", *[f"{s / MB:g} MB" for s in sizes], f"medians <= {limit:g}"], rows)

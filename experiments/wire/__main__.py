@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,6 @@ def both(down: Direction, up: Direction) -> float:
     return (down.ledger + up.ledger) / (down.interface + up.interface)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def calibration_table(found: dict[str, Cases]) -> str:
     """A row per case; per setting the ratio of the sending direction, and of both directions together."""
     head = ["frames"]
@@ -55,7 +49,7 @@ def calibration_table(found: dict[str, Cases]) -> str:
         downs = sum(d.ledger for _, d, _ in cases) / sum(d.interface for _, d, _ in cases)
         ledger = sum(d.ledger + u.ledger for _, d, u in cases)
         total += [f"{downs:.4f}", f"{ledger / sum(d.interface + u.interface for _, d, u in cases):.4f}"]
-    return table(head, [*rows, total])
+    return record.table(head, [*rows, total])
 
 
 def demo_table(runs: dict[str, list[Host]]) -> str:
@@ -71,7 +65,7 @@ def demo_table(runs: dict[str, list[Host]]) -> str:
         for name, hosts in runs.items()
         for host in hosts
     ]
-    return table(("links", "process", "messages", "ledger's wire", "interface", "ratio", "repeated"), rows)
+    return record.table(("links", "process", "messages", "ledger's wire", "interface", "ratio", "repeated"), rows)
 
 
 def report(found: dict[str, Cases], runs: dict[str, list[Host]], ticks: int, facts: dict[str, Any]) -> str:

@@ -9,6 +9,14 @@ class LearningError(UserError, ValueError):
     """Root of the errors raised by `swarm_core.learning`."""
 
 
+class UnfitError(LearningError):
+    """Something that does not fit, in the house's four parts. Fields: what, got, wanted, todo."""
+
+    def __init__(self, what: str, got: object, wanted: object, todo: str) -> None:
+        super().__init__(f"{what}: got {got}, wanted {wanted}; {todo}")
+        self.what, self.got, self.wanted, self.todo = what, got, wanted, todo
+
+
 class MicrobatchError(LearningError):
     """Samples or columns that cannot form a microbatch. `field` names the offending column."""
 

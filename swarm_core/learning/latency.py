@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
-from swarm_core.learning.errors import LearningError
+from swarm_core.learning.errors import UnfitError
 
 LatencyKind = Literal["natural", "fixed", "uniform", "lognormal", "trace"]
 
@@ -23,12 +23,8 @@ LOGNORMAL_REACH = 3.0
 LARGEST_K = 999_999_999  # of a trace: far above any run, and int() of a digit more stays cheap
 
 
-class LatencyError(LearningError):
-    """A latency or schedule that cannot be. Fields: what, got, wanted, todo."""
-
-    def __init__(self, what: str, got: object, wanted: object, todo: str) -> None:
-        super().__init__(f"{what}: got {got}, wanted {wanted}; {todo}")
-        self.what, self.got, self.wanted, self.todo = what, got, wanted, todo
+class LatencyError(UnfitError):
+    """A latency or schedule that cannot be."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +127,11 @@ class FireSchedule:
         """s + K: the first tick that may merge the correction of `version`."""
         tick = self.tick_of(version)
         return tick + self.latency.draw(tick, version - 1)
+
+    def not_before(self, version: int, taken: int) -> int:
+        """The first tick that may merge the correction of a snapshot taken in tick `taken`: later than its own tick of the
+        schedule where that was skipped, and its K counts from there. Never the tick itself."""
+        return taken + max(1, self.fire_tick(version) - self.tick_of(version))
 
     def most_pairs(self) -> int:
         """Pairs of weights and rollouts that must fit at once: those from s until s + K has passed, for the largest K

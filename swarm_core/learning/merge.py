@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from swarm_core.learning.errors import LearningError
+from swarm_core.learning.errors import UnfitError
 
 MergerKind = Literal["none", "signed_ema", "held_delta"]
 
@@ -31,12 +31,8 @@ ROW = 256
 CHUNK = 1 << 22  # entries of an inner product at once: its products take memory
 
 
-class MergeError(LearningError):
-    """A spec, correction or state that does not fit. Fields: what, got, wanted, todo."""
-
-    def __init__(self, what: str, got: object, wanted: object, todo: str) -> None:
-        super().__init__(f"{what}: got {got}, wanted {wanted}; {todo}")
-        self.what, self.got, self.wanted, self.todo = what, got, wanted, todo
+class MergeError(UnfitError):
+    """A spec, correction or state that does not fit."""
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from swarm_core.learning.errors import LearningError
+from swarm_core.learning.errors import UnfitError
 
 Schedule = Literal["constant", "linear", "cosine"]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class OptimizerError(LearningError):
-    """Settings, gradients or a saved state do not fit. Fields: what, got, wanted, todo."""
-
-    def __init__(self, what: str, got: object, wanted: object, todo: str) -> None:
-        super().__init__(f"{what}: got {got}, wanted {wanted}; {todo}")
-        self.what, self.got, self.wanted, self.todo = what, got, wanted, todo
+class OptimizerError(UnfitError):
+    """Settings, gradients or a saved state do not fit."""
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from swarm_core.learning.errors import LearningError
+from swarm_core.learning.errors import UnfitError
 
 # Attention scores grow with the context; the split needs one typical length, not the real one. At 1024 tokens the
 # quadratic part is a few percent of a layer for every supported family, so the value hardly moves a boundary.
 TYPICAL_CONTEXT_TOKENS = 1024
 
 
-class PartitionError(LearningError):
-    """The layers cannot be cut as asked. Fields: what, got, wanted, todo."""
-
-    def __init__(self, what: str, got: object, wanted: object, todo: str) -> None:
-        super().__init__(f"{what}: got {got}, wanted {wanted}; {todo}")
-        self.what, self.got, self.wanted, self.todo = what, got, wanted, todo
+class PartitionError(UnfitError):
+    """The layers cannot be cut as asked."""
 
 
 class LayerCounts(Protocol):

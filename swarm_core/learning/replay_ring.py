@@ -15,19 +15,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from swarm_core.learning.errors import LearningError
+from swarm_core.learning.errors import UnfitError
 from swarm_core.learning.latency import FireSchedule
 
 Part = int | Literal["slice", "logprobs"]  # a stage's weights; the slice; old log-probs, empty without a score pass
 MIB = 1 << 20
 
 
-class RingError(LearningError):
-    """A ring too small, or a part or version that is not its own. Fields: what, got, wanted, todo."""
-
-    def __init__(self, what: str, got: object, wanted: object, todo: str) -> None:
-        super().__init__(f"{what}: got {got}, wanted {wanted}; {todo}")
-        self.what, self.got, self.wanted, self.todo = what, got, wanted, todo
+class RingError(UnfitError):
+    """A ring too small, or a part or version that is not its own."""
 
 
 @dataclass

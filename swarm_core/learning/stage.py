@@ -11,19 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swarm_core.learning.errors import LearningError
+from swarm_core.learning.errors import UnfitError
 from swarm_core.learning.partition import Span
 
 # model_type -> transformers' class prefix; the module is transformers.models.<model_type>.modeling_<model_type>.
 CLASS_PREFIX = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
-class StageError(LearningError):
-    """A stage cannot be built or fed. Fields: what, got, wanted, todo."""
-
-    def __init__(self, what: str, got: object, wanted: object, todo: str) -> None:
-        super().__init__(f"{what}: got {got}, wanted {wanted}; {todo}")
-        self.what, self.got, self.wanted, self.todo = what, got, wanted, todo
+class StageError(UnfitError):
+    """A stage cannot be built or fed."""
 
 
 class _Trunk(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,13 @@ def load_stage(path: str | Path, span: Span, dtype: torch.dtype = torch.float32)
 def open_stage(path: str | Path, span: Span, dtype: torch.dtype = torch.float32, *, recompute: bool = False) -> Stage:
     """A stage with its weights, ready to train: config, tensors and `build_stage` in one call."""
     return build_stage(hf_config(path), span, load_stage(path, span, dtype), dtype, recompute=recompute)
+
+
+def stage_with(path: str | Path, span: Span, weights: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Stage:
+    """A stage of that checkpoint's architecture with these weights, in the order of `tensor_shapes`."""
+    names = tensor_names(read_shape(path), span)
+    named = {name: tensor.to(dtype) for name, tensor in zip(names, weights, strict=True)}
+    return build_stage(hf_config(path), span, named, dtype)
 
 
 def load_tokenizer(path: str | Path) -> Any:

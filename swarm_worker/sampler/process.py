@@ -11,7 +11,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,6 +49,7 @@ from swarm_worker.sampler.verify import failures
 
 log = logging.getLogger(__name__)
 LEAVE_S = 60.0  # for the last report, once the anchor has said that the run is over
+WORD_S = 30.0  # for the anchor to say that the run is over: stages may hear it first, and leave
 SAFETENSORS_HEADER = 1 << 20  # names and shapes beside the weights themselves
 
 
@@ -94,10 +95,10 @@ class SamplerProcess:
             tasks = [
                 asyncio.create_task(work)
                 for work in (
-                    self._serve_orders(link, source),
+                    self._until_over(self._serve_orders(link, source)),
                     link.run(),
                     self._read_anchor(link, membership, source),
-                    *(self._read_feed(stage, feed) for stage, feed in enumerate(self._feeds)),
+                    *(self._until_over(self._read_feed(stage, feed)) for stage, feed in enumerate(self._feeds)),
                 )
             ]
             for task in tasks:
@@ -124,6 +125,15 @@ class SamplerProcess:
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    async def _until_over(self, work: Coroutine[Any, Any, None]) -> None:
+        """What deals with stages: that one of them leaves is no fault once the run is over."""
+        try:
+            await work
+        except PeerLost:
+            await asyncio.wait({self.over}, timeout=WORD_S)
+            if not self.over.done():
+                raise
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         """A task that fails ends the sampler."""
@@ -172,8 +182,7 @@ class SamplerProcess:
                     self._weights.put_nowait((stage, frame.header.tick, memoryview(frame.payload)))
                 case kind:
                     raise BadFrame(f"stage {stage} sent {kind.name}")
-        if not self.over.done():
-            raise PeerLost(f"stage {stage} closed its stream")
+        raise PeerLost(f"stage {stage} closed its stream")
 
     async def _serve_orders(self, link: AnchorLink, source: Source) -> None:
         while True:

@@ -77,6 +77,7 @@ class Proxy:
         self._host, port = target.split(":")
         self._port = int(port)
         self._writers: set[asyncio.StreamWriter] = set()
+        self.closed = False  # to new connections
 
     async def start(self) -> str:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -84,6 +85,8 @@ class Proxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
+            if self.closed:
+                raise ConnectionRefusedError
             up_reader, up_writer = await asyncio.open_connection(self._host, self._port)
         except OSError:
             writer.close()
@@ -131,13 +134,14 @@ async def until(condition: Callable[[], Any]) -> None:
 
 
 async def disturbed(
-    anchor: Anchor, during: Callable[[], Awaitable[None]], address: str = ""
+    anchor: Anchor, during: Callable[[], Awaitable[None]], address: str = "", sampler_address: str = ""
 ) -> list[BaseException | None]:
     """Stages and a sampler beside this anchor, to their ends; `during` runs once the first ticks are decided."""
     address, out = address or anchor.address, anchor.out
     tasks = [hold_stage(StageArguments(i, address, out=out), signals=False) for i in range(STAGES)]
     members = [asyncio.create_task(work) for work in tasks]
-    members.append(asyncio.create_task(serve_rollouts(SamplerArguments(address, out=out), signals=False)))
+    sampler = SamplerArguments(sampler_address or address, out=out)
+    members.append(asyncio.create_task(serve_rollouts(sampler, signals=False)))
     try:
         await until(lambda: journal(anchor.out) >= 2)
         await during()
@@ -211,6 +215,31 @@ def test_an_anchor_that_is_killed_and_carries_on_changes_nothing(
     wanted, got = weights(calm), weights(out)
     assert wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
     assert events(out, "carries_on") == [f"{STAGES} stages at work, at tick {4 * GATE}"]
+
+
+def test_a_sampler_that_hears_of_the_end_after_the_stages_have_left_ends_in_order(
+    recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    anchor = Anchor(recipe().run_file(**KNOBS), out)
+    proxy = Proxy(anchor.address)
+
+    async def during() -> None:
+        await until(lambda: journal(out) >= TICKS - 4)  # all rollouts are there
+        anchor.kill()
+        proxy.cut()
+        proxy.closed = True
+        anchor.resume()
+        await until(lambda: events(out, "finished"))
+        await asyncio.sleep(2)  # the stages leave within it
+        proxy.closed = False
+
+    async def play() -> list[BaseException | None]:
+        return await disturbed(anchor, during, sampler_address=await proxy.start())
+
+    assert asyncio.run(play()) == [None] * (STAGES + 1)
+    assert anchor.process.returncode == 0
+    check_books(out)
 
 
 def test_a_run_that_finishes_without_its_anchor_waits_for_it_and_no_basis_is_numbered_twice(

@@ -3,14 +3,13 @@
 import math
 import struct
 import tracemalloc
-import zlib
 from dataclasses import replace
 
 import msgpack
-import numpy as np
 import pytest
 import torch
 import zstandard
+from forged_packets import mutations, resealed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -28,13 +27,6 @@ FIRST_RAW = HEADER_BYTES + HEAD_BYTES  # where the first section's bytes begin
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def resealed(packet: bytes) -> bytes:
-    """With the length and the checksum that fit what it has become."""
-    head = packet[: HEADER_BYTES - 14] + struct.pack(">BQ", 0xCF, len(packet) - HEADER_BYTES)
-    crc = zlib.crc32(packet[HEADER_BYTES:], zlib.crc32(head))
-    return head + struct.pack(">BI", 0xCE, crc) + packet[HEADER_BYTES:]
 
 
 def with_sections(packet: bytes, *sections: tuple[int, int, int, bytes]) -> bytes:
@@ -268,13 +260,7 @@ def test_the_header_is_msgpack() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_damage_is_found_and_forgery_gives_finite_tensors_or_an_error(form: str) -> None:
     packet, spec = packet_of(form)
-    generator = np.random.default_rng(3)
-    for _ in range(400):
-        mutated = bytearray(packet)
-        for at in generator.integers(0, len(packet), generator.integers(1, 4)):
-            mutated[at] ^= int(generator.integers(1, 256))
-        if mutated == packet:
-            continue
+    for mutated in mutations(packet, 400, 3):
         with pytest.raises(PacketError):
             decode(mutated, spec, SHAPES)
         try:

@@ -2,13 +2,12 @@
 
 import struct
 import tracemalloc
-import zlib
 
 import msgpack
-import numpy as np
 import pytest
 import torch
 import zstandard
+from forged_packets import mutations, resealed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,13 +24,6 @@ FIRST_BLOCK = HEADER_BYTES + HEAD_BYTES + 32  # behind the digests
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.view(INTEGERS[a.dtype]), b.view(INTEGERS[b.dtype]))
-
-
-def resealed(packet: bytes) -> bytes:
-    """With the length and the checksum that fit what it has become."""
-    head = packet[: HEADER_BYTES - 14] + struct.pack(">BQ", 0xCF, len(packet) - HEADER_BYTES)
-    crc = zlib.crc32(packet[HEADER_BYTES:], zlib.crc32(head))
-    return head + struct.pack(">BI", 0xCE, crc) + packet[HEADER_BYTES:]
 
 
 def with_block(packet: bytes, form: int, packing: int, raw_bytes: int, stored: bytes) -> bytes:
@@ -155,13 +147,7 @@ def test_damage_is_found_and_forgery_gives_no_other_bits(share: float | None, dt
     base = [weights(shape, 0, dtype) for shape in SHAPES]
     new = [weights(each.shape, 1, dtype) if share is None else moved(each, share, 1) for each in base]
     packet = encode(new, base)
-    generator = np.random.default_rng(4)
-    for _ in range(250):
-        mutated = bytearray(packet)
-        for at in generator.integers(0, len(packet), generator.integers(1, 4)):
-            mutated[at] ^= int(generator.integers(1, 256))
-        if mutated == packet:
-            continue
+    for mutated in mutations(packet, 250, 4):
         with pytest.raises(PacketError):
             decode(mutated, base, SHAPES, dtype)
         try:

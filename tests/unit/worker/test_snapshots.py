@@ -59,15 +59,19 @@ class Anchor:
         except SnapshotRefused as error:
             self.shipper.held(SnapshotHeld(message.version, refused=str(error)))
 
+    async def arrived(self, version: int) -> None:
+        """Wait until the anchor holds it whole."""
+        async with asyncio.timeout(10):
+            while self.store.base(0)[0] != version:
+                await asyncio.sleep(0.001)
+
     async def ship(self, *captures: Capture, to: Path | None = None) -> None:
         """Offer them one after the other, each once the one before has arrived whole; after the first one the anchor
         is restarted on the volume `to`."""
         running = asyncio.create_task(self.shipper.run())
         for one in captures:
             self.shipper.offer(one)
-            async with asyncio.timeout(10):
-                while self.store.base(0)[0] != one.version:
-                    await asyncio.sleep(0.001)
+            await self.arrived(one.version)
             await asyncio.sleep(0.01)
             if to is not None and one is captures[0]:
                 self.store = ReplayStore(to, [SHAPES], torch.bfloat16)
@@ -104,9 +108,7 @@ def test_a_broken_stream_goes_on_where_it_broke(anchor: Anchor) -> None:
             await asyncio.sleep(0.001)
         anchor.fate = lambda n: True
         anchor.shipper.resume()
-        async with asyncio.timeout(10):
-            while anchor.store.base(0)[0] != 1:
-                await asyncio.sleep(0.001)
+        await anchor.arrived(1)
         running.cancel()
 
     asyncio.run(run())
@@ -150,9 +152,7 @@ def test_an_anchor_restarted_in_the_middle_of_a_short_packet_gets_all_of_it(
         anchor.store = ReplayStore(tmp_path / "another", [SHAPES], torch.bfloat16)
         anchor.fate = lambda n: True
         anchor.shipper.resume()
-        async with asyncio.timeout(10):
-            while anchor.store.base(0)[0] != 1:
-                await asyncio.sleep(0.001)
+        await anchor.arrived(1)
         running.cancel()
 
     asyncio.run(run())

@@ -142,15 +142,15 @@ def changed_knobs(out: Path, checkpoint: Checkpoint, manifest: Manifest) -> list
     return changed
 
 
-def set_later_aside(out: Path, resumed: Checkpoint) -> None:
-    """Checkpoints after the one a run goes back to are of a future that it leaves: their markers are renamed.
+def set_later_aside(out: Path, tick: int) -> None:
+    """Checkpoints after the tick that a run goes back to are of a future that it leaves: their markers are renamed.
 
     They would be taken for the newest otherwise, and be overwritten shard by shard while they look complete.
     """
     for checkpoint in found(out):
-        if checkpoint.tick > resumed.tick:
+        if checkpoint.tick > tick:
             (checkpoint.folder / MARKER).rename(checkpoint.folder / ASIDE)
-            log.warning("%s is set aside: the run goes on from %s", checkpoint.folder, resumed.name)
+            log.warning("%s is set aside: the run goes on from tick %d", checkpoint.folder, tick)
 
 
 def load_bases(checkpoint: Checkpoint) -> BasisSet:

@@ -28,6 +28,7 @@ class Memory:
     at_work: bool = False  # started, and nobody has been told to leave yet
     closing: str = ""  # why it ends, once that is settled
     epoch: int = 1
+    start_id: int = 0  # drawn when the run began from a checkpoint or from the model
     tick: int = 0
     began: float = 0.0  # wall clock at which the run's seconds began
     roles: dict[str, str] = field(default_factory=dict)  # member -> "stage 0", "sampler"
@@ -51,15 +52,15 @@ class Memory:
     def samplers(self) -> list[int]:
         return [int(member) for member, role in self.roles.items() if role == "sampler"]
 
-    def begin(self, digest: str, epoch: int, tick: int, began: float) -> None:
+    def begin(self, digest: str, start_id: int, tick: int, began: float) -> None:
         """A start with members that all come anew: whoever was at work before is not known any more."""
         self.roles, self.booked, self.finished = {}, {}, {}
-        self.digest, self.epoch, self.tick, self.began = digest, epoch, tick, began
+        self.digest, self.epoch, self.start_id, self.tick, self.began = digest, 1, start_id, tick, began
         self.at_work, self.closing, self.evaluated = True, "", -1
 
-    def save(self, out: Path) -> None:
-        """Replace the file in one step: kill -9 leaves the old or the new one. No fsync: a power cut may lose rows."""
-        _replace(out / FOLDER / STATE, json.dumps(asdict(self)).encode(), sync=False)
+    def save(self, out: Path, *, sync: bool = False) -> None:
+        """Replace the file in one step: kill -9 leaves the old or the new one. Without `sync` a power cut may lose rows."""
+        _replace(out / FOLDER / STATE, json.dumps(asdict(self)).encode(), sync=sync)
 
 
 def recall(out: Path, digest: str) -> Memory | None:

@@ -18,7 +18,8 @@ class Member:
     ready: Ready | None = None
     number: int = 0  # that it drew for itself
     at_work: bool = False
-    away: bool = False  # its stream broke and it may come back: its place is kept
+    away: bool = False  # its stream broke: it may come back, or another process take its place
+    fit: bool = False  # at work in the epoch that this anchor knows of
 
 
 class Roster:
@@ -59,6 +60,7 @@ class Roster:
         held = self.members.get(hello.stage)
         if held is not None and hello.at_work and 0 < hello.member == held.number:
             held.away = False  # the same process on a new stream
+            held.fit = not hello.stalled and hello.epoch == self.epoch
             return held
         if held is not None and not held.away:
             holder = self.members[hello.stage].address
@@ -67,34 +69,33 @@ class Roster:
                 f"stage {hello.stage} is already held by {holder}; "
                 + (f"free: {', '.join(map(str, free))}" if free else "every stage is held")
             )
-        self._check_company(hello)
+        if hello.at_work and not self.started and (self.known is None or hello.member not in self.known):
+            raise StageTaken(
+                f"stage {hello.stage} is at work at tick {hello.tick}, but this anchor does not know it: only an anchor with "
+                "--resume and the --out of that run takes up what is at work"
+            )
+        if hello.at_work and self.started:
+            raise StageTaken(
+                f"stage {hello.stage} was given up, and another process took its place: start this one anew"
+            )
         member = Member(hello.stage, hello.address, hello.versions, number=hello.member, at_work=hello.at_work)
+        member.fit = hello.at_work and not hello.stalled and hello.epoch == self.epoch
         if hello.at_work:
             member.ready = Ready(model_fingerprint=self.fingerprint)
         self.members[hello.stage] = member
         return member
 
-    def _check_company(self, hello: Hello) -> None:
-        """Members at work and members that come anew do not mix: what a dead stage held is lost to this start."""
-        at_work = [member.stage for member in self.members.values() if member.at_work]
-        anew = [member.stage for member in self.members.values() if not member.at_work]
-        if not hello.at_work and (self.started or at_work):
-            raise StageTaken(
-                f"stage {hello.stage} comes anew, but this run is at work: a stage that died cannot rejoin yet. Let the "
-                "other workers end, then start all of them again: the run continues from its newest checkpoint"
-            )
-        if hello.at_work and (self.started or anew or self.known is None or hello.member not in self.known):
-            what = f"stage {anew[0]} has come anew" if anew else "this anchor does not know it"
-            raise StageTaken(
-                f"stage {hello.stage} is at work at tick {hello.tick}, but {what}: a stage that died cannot rejoin yet, and "
-                "only an anchor with --resume and the --out of that run takes up what is at work"
-            )
-
     def taken_over(self) -> bool:
-        """Whether every stage has come back at work, to an anchor that did not start it; from then on the run goes on."""
-        complete = not self.started and not self.missing() and all(m.at_work for m in self.members.values())
+        """Whether every stage is there for an anchor that did not start the run, some of them at work; true once."""
+        members = self.members.values()
+        complete = not self.started and not self.missing() and any(m.at_work for m in members)
         self.started = self.started or complete
         return complete
+
+    @property
+    def unbroken(self) -> bool:
+        """Whether everybody is at work in the epoch that this anchor knows of, so that it need not end."""
+        return all(member.fit for member in self.members.values())
 
     @property
     def at_work(self) -> bool:
@@ -102,18 +103,20 @@ class Roster:
         return self.started or any(member.at_work for member in self.members.values())
 
     def is_ready(self, member: Member, ready: Ready) -> bool:
-        """The worker has loaded its layers. True when the swarm is complete with it. Raises ManifestMismatch."""
+        """The worker has loaded its layers. True when the swarm is complete. Raises ManifestMismatch."""
         if ready.model_fingerprint != self.fingerprint:
             raise ManifestMismatch(
                 f"stage {member.stage} has loaded another checkpoint: fingerprint {ready.model_fingerprint[:12]}..., "
                 f"the anchor's is {self.fingerprint[:12]}...: point --model at the same files"
             )
         member.ready = ready
-        complete = len(self.members) == self.stages and all(m.ready for m in self.members.values())
-        self.started = self.started or complete
-        for other in self.members.values() if complete else ():
-            other.at_work = True
-        return complete
+        return not self.missing()
+
+    def start(self) -> None:
+        """Everybody here is at work from now on."""
+        self.started = True
+        for member in self.members.values():
+            member.at_work = member.fit = True
 
     def leave(self, member: Member) -> None:
         if self.members.get(member.stage) is member:

@@ -133,6 +133,7 @@ async def _remind(service: AnchorService) -> None:
     while True:
         await asyncio.sleep(REMIND_S)
         service.samplers.ask()
+        service.ask_for_stages()
 
 
 def _announce(file: Path, address: str) -> None:

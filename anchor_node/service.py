@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from anchor_node.absences import GRACE_S, Absences
 from anchor_node.books import Books
-from anchor_node.checkpoints import Checkpoint, complete, found, set_later_aside
+from anchor_node.checkpoints import Checkpoint, CheckpointError, complete, found, set_later_aside
 from anchor_node.memory import Memory
 from anchor_node.roster import Member, Roster
+from anchor_node.rounds import Line, Phase, Rounds
 from anchor_node.samplers import EVALUATION, Samplers
 from anchor_node.slow_loop import SlowLoop
 from swarm_core.manifest import Manifest
-from swarm_core.wire.errors import BadFrame, PeerLost, Refused, StageTaken
+from swarm_core.wire.errors import BadFrame, PeerLost, Refused
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
     Booked,
+    Fence,
     FrameKind,
+    Held,
     Hello,
     Ready,
     Report,
@@ -76,6 +80,9 @@ class AnchorService:
         self.memory = memory or Memory()
         self.roster = Roster(manifest.stages, self.digest, manifest.model_fingerprint, known)
         self.roster.epoch = self.memory.epoch
+        self.rounds = Rounds(manifest.stages, self.memory.epoch, self.memory.start_id)
+        self._line: Line | None = None  # where this epoch begins; None: from the model or a checkpoint
+        self._fenced_for = ""
         self.screen, self.out, self.resume, self.ledger = screen, out, resume, ledger
         self.address = "HOST:PORT"  # where a sampler on this machine dials in
         self.tick = max(resume.tick if resume else 0, self.memory.tick)
@@ -92,7 +99,7 @@ class AnchorService:
         self._complete = {checkpoint.name for checkpoint in found(out)} if memory is not None else set()
         self._reason = "stopped before it began"
         self._draining = False
-        self._failure = self._lost = ""  # what a stage said of its end, since the start: its own fault, or a neighbour
+        self._failure = ""  # what a stage said of its end, where that was its own fault
         self._gone = asyncio.Condition()
 
     @property
@@ -108,8 +115,7 @@ class AnchorService:
     async def _attend(self, stream: FrameStream) -> None:
         hello = from_bytes(Hello, (await stream.expect(FrameKind.HELLO)).payload)
         await self._open.wait()
-        if not hello.at_work and self.roster.known is not None and self.resume is None and not self.roster.at_work:
-            raise StageTaken(f"stage {hello.stage} comes anew, but there is no complete checkpoint to begin from")
+        lost = self.roster.members.get(hello.stage)
         member = self.roster.join(hello)
         stage = member.stage
         stream.name(f"anchor-stage{stage}", "down", LIMITS)
@@ -118,8 +124,12 @@ class AnchorService:
         async with self.outbox(stream) as box:
             self.stages[stage] = box
             self.post(box, FrameKind.WELCOME, self.welcome(hello))
+            if lost is not None:  # it is back, or this one takes its place
+                self.absent.back(lost.number)
             if hello.at_work:
                 self.back(hello, box)
+            if hello.at_work and self.roster.started:
+                self._rejoined(member, box)
             why = AWAY
             try:
                 while (frame := await stream.receive()) is not None:
@@ -154,28 +164,30 @@ class AnchorService:
             self.roster.leave(member)
             return
         member.away = True
-        if self._failure or self._lost or why != AWAY:
-            self._missed(member, why)
+        self.rounds.gone(member.stage)
+        if self._failure or why != AWAY:
+            self.fail(PeerLost(self._failure or f"stage {member.stage} at {member.address} {why} at tick {self.tick}"))
         else:
-            log.warning("the stream to stage %d broke at tick %d; it has %.0f s", member.stage, self.tick, GRACE_S)
-            self.absent.add(member.number, lambda: self._missed(member, why), patient=True)
+            log.warning("the stream to stage %d broke at tick %d", member.stage, self.tick)
+            self.absent.add(member.number, self.ask_for_stages, patient=True)
 
-    def _missed(self, member: Member, why: str) -> None:
-        """The run cannot go on without this stage. Who has said why comes before who is silent, and he before who lost him."""
-        away = [other for other in self.roster.members.values() if other.away and other is not member]
-        silent = [f"stage {other.stage} at {other.address} {AWAY}" for other in away]
-        own = self._lost or f"stage {member.stage} at {member.address} {why}"
-        self.fail(PeerLost(self._failure or f"{'; '.join([*silent, own])} at tick {self.tick}"))
+    def ask_for_stages(self) -> None:
+        """Say how to go on without a stage that is gone; called again and again, as nothing else will happen."""
+        for member in self.roster.members.values():
+            if member.away and not self.over.done():
+                how = f"start: swarm_worker join --stage {member.stage} --anchor {self.address}, with the --out of the lost one"
+                self.event("waiting", f"for stage {member.stage}, which went away at tick {self.tick}; {how}")
 
     def back(self, hello: Hello, box: Outbox) -> None:
         """A member at work is there again: on a new stream to this anchor, or for the first time after another one."""
-        self.absent.back(hello.member)
         self.tick, self._newest = max(self.tick, hello.tick), max(self._newest, hello.tick)
         stage = hello.stage if hello.role == "stage" else None
         if stage is not None and self.memory.closing:
             self._end(self.memory.closing)
         elif stage is not None and self.roster.taken_over():
             self._carry_on()
+        if hello.role == "sampler":
+            self.absent.back(hello.member)
         self.slow.post_bases_beyond(hello.basis_version, box, stage)
         if stage is not None:
             self.slow.post_corrections(stage)
@@ -185,9 +197,13 @@ class AnchorService:
             self.post(box, FrameKind.STOP, Stop("the anchor was asked to end the run"))
 
     def _carry_on(self) -> None:
-        """All stages of a run that another anchor started have come back."""
+        """All stages of a run that another anchor started are there: nobody needs another epoch, or one begins."""
         self.event("carries_on", f"{self.manifest.stages} stages at work, at tick {self.tick}")
         self.samplers.carry_on()
+        if self.roster.unbroken:
+            self.rounds.work()
+        else:
+            self.fence("the anchor is back, and not every stage is where it was")
         if self.memory.finished and self.owed is None:
             self._finish(self.memory.finished)
 
@@ -210,16 +226,25 @@ class AnchorService:
                 missing = ", ".join(map(str, self.roster.missing())) or "none"
                 size = f"{ready.parameters / 1e6:.2f} M parameters, {ready.parameter_bytes / 1e6:.1f} MB"
                 self.event("ready", f"stage {member.stage} ({size}); stages still to come: {missing}")
-                if complete:
+                if self.roster.started:
+                    self._rejoined(member, box)
+                elif complete and self.roster.taken_over():
+                    self._carry_on()
+                elif complete:
                     self._start()
+            case FrameKind.FENCE:
+                fence = from_bytes(Fence, frame.payload)
+                if fence.epoch == self.rounds.epoch and self.rounds.phase is Phase.WORKING and self.owed is None:
+                    self.fence(fence.reason)
+            case FrameKind.HELD:
+                line = self.rounds.take(member.stage, from_bytes(Held, frame.payload))
+                if line is not None:
+                    self._start_again(line)
             case FrameKind.REPORT:
                 report = from_bytes(Report, frame.payload)
                 self._newest = max(self._newest, report.tick)
-                match report.words.get("event"):
-                    case "failed":  # its neighbours leave with it, and may be the first to be missed
-                        self._failure = self._failure or report.words["message"]
-                    case "lost":
-                        self._lost = self._lost or report.words["message"]
+                if report.words.get("event") == "failed":
+                    self._failure = self._failure or report.words["message"]
                 if report.type == "ledger":
                     self._ledgered[member.stage] = report.tick
                 self.book(member.number, box, report)
@@ -233,14 +258,22 @@ class AnchorService:
                 raise BadFrame(f"stage {member.stage} sent {kind.name}")
 
     def _start(self) -> None:
-        self._failure = self._lost = ""
+        """A run begins, from the model's files or from a checkpoint."""
+        if self.roster.known is not None and self.resume is None:
+            self.fail(CheckpointError("all stages come anew, but there is no complete checkpoint to begin from"))
+            return
+        self._failure, self._line = "", None
+        self.rounds = Rounds(self.manifest.stages, 1, secrets.randbits(64))
+        self.roster.epoch = 1
+        self.roster.start()
+        self.rounds.work()
         self.tick, self._complete = 0, set()
         if self.resume is not None:
             self.tick, self._complete = self.resume.tick, {self.resume.name}
             self.books.cut(self.resume.tick)
-            set_later_aside(self.out, self.resume)
+            set_later_aside(self.out, self.resume.tick)
         self.slow.begin()
-        self.memory.begin(self.digest, self.roster.epoch, self.tick, self.books.started)
+        self.memory.begin(self.digest, self.rounds.start_id, self.tick, self.books.started)
         for member in self.roster.members.values():
             self.memory.enter(member.number, f"stage {member.stage}")
         for stage, box in self.stages.items():
@@ -250,9 +283,61 @@ class AnchorService:
         self.samplers.start()
         self.event("start", f"{self.manifest.stages} stages, at tick {self.tick}")
 
-    def start_message(self) -> Start:
-        start = Start(epoch=self.roster.epoch, stage_addresses=self.roster.addresses())
-        if self.resume is not None:
+    # Epochs ------------------------------------------------------------------------------------------------------------
+
+    def _rejoined(self, member: Member, box: Outbox) -> None:
+        """A stage of a run at work is there again: the same process, or one that takes the place of a lost one."""
+        if self.rounds.phase is Phase.FENCED:
+            self._post_fence(box)
+        elif not member.fit:
+            self.fence(f"stage {member.stage} at {member.address} begins anew")
+
+    def fence(self, reason: str) -> None:
+        """End the epoch. The next one is on disk before anybody hears of it."""
+        self.memory.epoch = self.roster.epoch = self.rounds.fence()
+        self._fenced_for = reason
+        self.event("fence", f"epoch {self.roster.epoch - 1} ends at tick {self.tick}: {reason}")
+        self.memory.save(self.out, sync=True)
+        for box in self.stages.values():
+            self._post_fence(box)
+
+    def _post_fence(self, box: Outbox) -> None:
+        self.post(box, FrameKind.FENCE, Fence(self.roster.epoch, self._fenced_for))
+
+    def _start_again(self, line: Line) -> None:
+        """Every stage has said what it holds: the next epoch begins at the newest version of all."""
+        self._line, (tick, _) = line, line.version
+        lost = self.tick - tick
+        reported, self.owed = min(self.tick, tick), None
+        if lost > 0:
+            self.books.cut(tick)
+            set_later_aside(self.out, tick)
+            if self.slow.corrector is not None:
+                self.slow.corrector.take_up(tick)
+        self.tick = self.memory.tick = tick
+        known = set(self.memory.roles)
+        for member in self.roster.members.values():
+            self.memory.enter(member.number, f"stage {member.stage}")
+        for number in known - {str(m.number) for m in self.roster.members.values()}:
+            if self.memory.roles[number].startswith("stage"):
+                self.memory.leave(int(number))
+        self.roster.start()
+        self.books.mark()
+        for stage, box in self.stages.items():
+            self.slow.post_bases_to_newcomer(box, stage)
+            self.post(box, FrameKind.START, self.start_message(reported))
+            self.slow.post_corrections(stage)
+        self.samplers.start_again()
+        self.samplers.start()
+        what = f"epoch {line.epoch} begins at tick {tick}" + (f"; {lost} ticks are lost" if lost > 0 else "")
+        self.event("start", what, {"epoch": line.epoch, "lost_ticks": max(0, lost)})
+
+    def start_message(self, reported: int = 0) -> Start:
+        start = Start(epoch=self.roster.epoch, stage_addresses=self.roster.addresses(), start_id=self.rounds.start_id)
+        if self._line is not None:
+            (start.tick, start.lineage), start.recovery = self._line.version, True
+            start.decide, start.reported_tick = self._line.decide, reported
+        elif self.resume is not None:
             start.checkpoint = self.resume.name
             start.shard_digests = {stage: saved.digest for stage, saved in self.resume.shards.items()}
         return start

@@ -118,6 +118,11 @@ class SlowLoop:
         self._bases_sent[box] = bases.version
         self._anchor.post(box, FrameKind.BASIS, bases if stage is None else part_for_stage(bases, stage))
 
+    def post_bases_to_newcomer(self, box: Outbox, stage: int) -> None:
+        """To a stage that takes the place of a lost one: it has none of what was broadcast."""
+        if box not in self._bases_sent:
+            self.post_bases(box, stage)
+
     def post_bases_beyond(self, version: int, box: Outbox, stage: int | None) -> None:
         """To a member that is back and holds `version`: the newest, if it is newer."""
         if self.keeper is not None and version < self.keeper.version:

@@ -44,6 +44,7 @@ class Standing:
     epoch: int = 0
     tick: int = 0
     basis_version: int = 0
+    stalled: bool = False  # it waits for another epoch
 
 
 class AnchorLink:

@@ -1,7 +1,8 @@
 """The compute thread of a stage: takes a command of the schedule, finds its payload, does it on the one thread, times it.
 
 What arrives for it is handed over, never written into its state from outside; what a decision entails (step, publish, save)
-is one piece of work. No stream and no frame is touched here.
+is one piece of work. Everything that is done here is written to the redo log first to last, and is on disk before the
+tally that a vote is made of is handed out. No stream and no frame is touched here.
 """
 
 from __future__ import annotations
@@ -16,14 +17,22 @@ from typing import Any
 
 from codec.errors import CodecError, ReferenceMismatch
 from swarm_core.wire.errors import BadFrame
-from swarm_core.wire.messages import Decide, FrameKind, Saved
+from swarm_core.wire.messages import Decide, FrameKind, Mode, Outcome, Saved
+from swarm_worker import failpoints
 from swarm_worker.compute import SketchOut, StageCompute
 from swarm_worker.correcting import Capture
 from swarm_worker.headers import Position, RoundKey
+from swarm_worker.redo import Kind, Record, Redo
 from swarm_worker.schedule import Compute, Lost, Op, Stamp
 from swarm_worker.shard import ShardWriter
 
 Payload = memoryview | bytes | bytearray
+PACKET_OF = {
+    Op.FORWARD: FrameKind.ACTIVATION,
+    Op.SCORE: FrameKind.ACTIVATION,
+    Op.LOSS: FrameKind.ACTIVATION,
+    Op.BACKWARD: FrameKind.GRADIENT,
+}
 
 
 @dataclass(frozen=True)
@@ -40,19 +49,20 @@ class ComputeThread:
     """One thread around one StageCompute. Its methods are called from the event loop; `position` is the newest applied."""
 
     def __init__(
-        self, compute: StageCompute, executor: ThreadPoolExecutor, shards: ShardWriter, position: Position
+        self, compute: StageCompute, executor: ThreadPoolExecutor, shards: ShardWriter, position: Position, redo: Redo
     ) -> None:
         self.compute = compute
+        self.redo = redo
         self.position = position
         self.busy_s = 0.0
         self._executor = executor
         self._shards = shards
-        self._deliveries: deque[Callable[[], None]] = deque()
+        self._deliveries: deque[tuple[Callable[[], None], Record]] = deque()
         self._payloads: dict[tuple[RoundKey, int, FrameKind], Payload] = {}
 
-    def deliver(self, take_in: Callable[[], None]) -> None:
+    def deliver(self, take_in: Callable[[], None], record: Record) -> None:
         """Something to take in before the next piece of work: only the thread itself touches its state."""
-        self._deliveries.append(take_in)
+        self._deliveries.append((take_in, record))
 
     def put(self, key: RoundKey, microbatch: int, kind: FrameKind, payload: Payload) -> None:
         """A packet that a later command will be about."""
@@ -75,7 +85,9 @@ class ComputeThread:
         """On the thread, so that waking the two threads counts as waiting."""
         started = time.monotonic()
         while self._deliveries:
-            self._deliveries.popleft()()
+            take_in, record = self._deliveries.popleft()
+            take_in()
+            self.redo.append(record)
         try:
             result = self._do(command, stage_zero)
         except ReferenceMismatch:
@@ -86,38 +98,61 @@ class ComputeThread:
         return result, time.monotonic() - started
 
     def _do(self, command: Compute, stage_zero: dict[str, Any] | None) -> Any:
-        stamp, microbatch = command.stamp, command.microbatch
-        match command.op:
-            case Op.FORWARD:
-                return self.compute.forward(stamp, microbatch, self._take(stamp, microbatch, FrameKind.ACTIVATION))
-            case Op.SCORE:
-                return self.compute.score(stamp, microbatch, self._take(stamp, microbatch, FrameKind.ACTIVATION))
-            case Op.LOSS:
-                return self.compute.loss(stamp, microbatch, self._take(stamp, microbatch, FrameKind.ACTIVATION))
-            case Op.BACKWARD:
-                packet = self._take(stamp, microbatch, FrameKind.GRADIENT)
-                assert packet is not None
-                return self.compute.backward(stamp, microbatch, packet)
-            case Op.RESEND:
-                return self.compute.resend(stamp, microbatch)
-            case Op.COMPARE:
-                return self.compute.compare(stamp)
-            case Op.TALLY:
-                return self.compute.tally(stamp)
-            case Op.APPLY:
-                assert command.decide is not None
-                return self._apply(stamp, command.decide, stage_zero)
-
-    def _take(self, stamp: Stamp, microbatch: int, kind: FrameKind) -> Payload | None:
-        return self._payloads.pop((stamp.key, microbatch, kind), None)
+        stamp, op, microbatch = command.stamp, command.op, command.microbatch
+        if op is Op.APPLY:
+            assert command.decide is not None
+            return self._apply(stamp, command.decide, stage_zero)
+        packet = self._payloads.pop((stamp.key, microbatch, PACKET_OF[op]), None) if op in PACKET_OF else None
+        if op is Op.FORWARD:
+            self._may_die("forward", stamp.tick)
+        result = carry_out(self.compute, op, stamp, microbatch, packet)
+        if stamp.mode is not Mode.PROBE and op is not Op.RESEND:  # which change nothing
+            self.redo.append(Record(Kind.COMPUTE, bytes(packet or b""), op, stamp, microbatch))
+        if op is Op.TALLY:
+            self._may_die("tallied", stamp.tick)
+            self.redo.sync()
+        return result
 
     def _apply(self, stamp: Stamp, decide: Decide, stage_zero: dict[str, Any] | None) -> Applied:
+        self._may_die("applying", stamp.tick)
+        if decide.outcome != Outcome.HOLD and not self.compute.span.is_first:  # stage 0 did so before it told others
+            self.redo.append(Record(Kind.DECIDED, stamp=stamp, decide=decide))
         sketches = self.compute.apply(stamp, decide)
         position = self.position.after(stamp, decide)
+        self._may_die("applied", stamp.tick)
         if decide.publish:
             self.compute.publish(position.tick)
-        saved = None
-        if decide.checkpoint:
-            meta = {"tick": position.tick, "lineage": position.lineage, "stage_zero": stage_zero}
-            saved = self._shards.write(position.tick, lambda: self.compute.to_shard(meta))
+        saved = self.save(position, stage_zero) if decide.checkpoint else None
         return Applied(position, sketches, saved, self.compute.take_capture())
+
+    def save(self, position: Position, stage_zero: dict[str, Any] | None) -> Saved:
+        """The shard of this position, from which the redo log goes on."""
+        meta = {"tick": position.tick, "lineage": position.lineage, "stage_zero": stage_zero}
+        saved = self._shards.write(position.tick, lambda: self.compute.to_shard(meta))
+        self._may_die("saved", position.tick)
+        self.redo.turn((position.tick, position.lineage), saved.digest, self._shards.keep)
+        return saved
+
+    def _may_die(self, point: str, tick: int) -> None:
+        failpoints.hit(point, self.compute.span.stage, tick)
+
+
+def carry_out(compute: StageCompute, op: Op, stamp: Stamp, microbatch: int, packet: Payload | None) -> Any:
+    """One command of the schedule, but for APPLY; the packet it is about, if any. Raises CodecError."""
+    match op:
+        case Op.FORWARD:
+            return compute.forward(stamp, microbatch, packet)
+        case Op.SCORE:
+            return compute.score(stamp, microbatch, packet)
+        case Op.LOSS:
+            return compute.loss(stamp, microbatch, packet)
+        case Op.BACKWARD:
+            assert packet is not None
+            return compute.backward(stamp, microbatch, packet)
+        case Op.RESEND:
+            return compute.resend(stamp, microbatch)
+        case Op.COMPARE:
+            return compute.compare(stamp)
+        case Op.TALLY:
+            return compute.tally(stamp)
+    raise ValueError(f"{op} is not carried out here")

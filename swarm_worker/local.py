@@ -23,7 +23,7 @@ from swarm_core.run_folder import ADDRESS_FILE, MANIFEST_FILE, make_folder
 
 START_LIMIT_S = 300.0  # importing torch and calibrating on a loaded machine
 LEAVE_LIMIT_S = 15.0  # for the last reports, once the anchor has gone
-RESTARTS = 3  # of an anchor that was killed; one that dies again and again is no accident
+RESTARTS = 3  # of one that was killed; one that dies again and again is no accident
 BLAME_LIMIT_S = 5.0  # for the others to fail too, once one has
 LOG_TAIL_LINES = 15
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -36,6 +36,8 @@ class Child:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    command: list[str]
+    restarts: int = 0
 
 
 def run_local(arguments: argparse.Namespace) -> int:
@@ -179,7 +181,7 @@ class LocalSwarm:
                 preexec_fn=_stop_with_parent(),  # noqa: PLW1509 - no other thread runs here
                 env=environment,
             )
-        child = Child(name, process, log)
+        child = Child(name, process, log, command)
         self.children.append(child)
         return child
 
@@ -197,7 +199,8 @@ class LocalSwarm:
     def _watch(self) -> int:
         """0 when all ended well; otherwise the child that ends badly is reported."""
         while self.children[0].process.poll() is None or self._anchor_again():
-            if any(child.process.poll() not in (None, 0) for child in self.children[1:]):
+            ended = [child for child in self.children[1:] if child.process.poll() not in (None, 0)]
+            if not all(self._again(child) for child in ended):
                 self._await_end(BLAME_LIMIT_S)  # neighbours fail in the same moments: let them, to find who began
                 break
             time.sleep(0.1)
@@ -206,6 +209,20 @@ class LocalSwarm:
         ended = [(child, child.process.poll()) for child in self.children]
         bad = [(child, code) for child, code in ended if code not in (None, 0)]
         return self._report(bad) if bad else 0
+
+    def _again(self, child: Child) -> bool:
+        """Start a stage or the sampler anew, if it was killed: it takes up what it had on disk, and the swarm goes on."""
+        code = child.process.poll()
+        if code is None or code >= 0 or child.restarts == RESTARTS or self._interrupts:
+            return False
+        print(
+            f"swarm_worker local: {child.name} ended with signal {signal.Signals(-code).name}; it is started again "
+            f"({child.restarts + 1} of {RESTARTS})",
+            file=sys.stderr,
+        )
+        child.process, child.restarts = self._start(child.name, child.command).process, child.restarts + 1
+        self.children.pop()  # where every new child is put
+        return True
 
     def _anchor_again(self) -> bool:
         """Start the anchor anew if it was killed while the others work; they neither wait for it nor end with it.

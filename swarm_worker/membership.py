@@ -7,7 +7,7 @@ import contextlib
 import importlib.metadata
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from codec.basis import Basis
@@ -18,7 +18,18 @@ from swarm_core.wire.bases import as_whole, basis_of, key_of
 from swarm_core.wire.errors import BadAddress, BadFrame, ManifestMismatch, PeerLost, WireError
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
-from swarm_core.wire.messages import BasisSet, FrameKind, Hello, Report, Start, Stop, Welcome, from_bytes, to_bytes
+from swarm_core.wire.messages import (
+    BasisSet,
+    Fence,
+    FrameKind,
+    Hello,
+    Report,
+    Start,
+    Stop,
+    Welcome,
+    from_bytes,
+    to_bytes,
+)
 from swarm_core.wire.streams import Dialled, dial
 
 ANCHOR_LIMITS = {FrameKind.BASIS: 1 << 30, FrameKind.WELCOME: 4 << 20}
@@ -100,12 +111,23 @@ async def join(address: str, method: str, hello: Hello, ledger: Ledger, wait_s: 
     return Membership(anchor, manifest, welcome.manifest_digest, way)
 
 
-async def await_start(membership: Membership, take_bases: Callable[[BasisSet], None]) -> Start | None:
-    """Wait until the anchor starts the run, taking the bases that come first; None when it ends before it began."""
+async def await_start(
+    membership: Membership,
+    take_bases: Callable[[BasisSet], None] | None = None,
+    answer: Callable[[Fence], Awaitable[Frame]] | None = None,
+) -> Start | None:
+    """Wait until the anchor starts the run, taking the bases that come first; None when it ends before it began.
+
+    A stage that joins a run at work is asked what it holds of it (`answer`).
+    """
     while (frame := await membership.anchor.receive()) is not None:
         match frame.header.kind:
             case FrameKind.BASIS:
-                take_bases(membership.take_bases(frame))
+                bases = membership.take_bases(frame)
+                if take_bases is not None:
+                    take_bases(bases)
+            case FrameKind.FENCE if answer is not None:
+                await membership.anchor.send(await answer(from_bytes(Fence, frame.payload)))
             case FrameKind.START:
                 start = from_bytes(Start, frame.payload)
                 if len(start.stage_addresses) != membership.manifest.stages:

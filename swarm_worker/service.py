@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
-from swarm_core.wire.errors import BadFrame, ManifestMismatch, PeerLost
+from swarm_core.wire.errors import BadFrame, ManifestMismatch, PeerLost, StaleEpoch
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
@@ -35,14 +36,15 @@ class StageService:
         self,
         stage: int,
         ledger: Ledger,
-        on_link: Callable[[FrameStream], Awaitable[None]],
+        on_link: Callable[[FrameStream], Coroutine[Any, Any, None]],
         on_rollouts: Callable[[Rollouts], None],
     ) -> None:
         self.stage = stage
         self._on_link = on_link
         self._on_rollouts = on_rollouts
         self._known = asyncio.Event()
-        self._digest = ""
+        self._digest, self._epoch = "", 0
+        self._served: set[asyncio.Task[None]] = set()
         self._weights: dict[int, dict[str, Tensor]] = {}
         self._published = asyncio.Condition()
         self._order: Order | None = None  # not yet given to anybody
@@ -51,10 +53,31 @@ class StageService:
         self._order_lock = asyncio.Lock()
         self.server = Server("Stage", {"Link": self._link, "Feed": self._feed}, ledger)
 
-    def open(self, manifest_digest: str) -> None:
-        """From now on streams are answered; before, they wait."""
-        self._digest = manifest_digest
+    def open(self, manifest_digest: str, epoch: int) -> None:
+        """From now on streams of this epoch are answered; before, they wait."""
+        self._digest, self._epoch = manifest_digest, epoch
         self._known.set()
+
+    async def shut(self) -> None:
+        """The epoch is over: end its streams, and let those of the next one wait."""
+        self._known.clear()
+        for task in self._served:
+            task.cancel()
+        await asyncio.gather(*self._served, return_exceptions=True)
+        self._order = self._given = None
+        self._weights = {}
+
+    async def _serve(self, work: Coroutine[Any, Any, None]) -> None:
+        """One stream's work, for as long as the epoch lasts."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._served.add(task)
+        task.add_done_callback(self._served.discard)
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()
+        if not task.cancelled():
+            task.result()
 
     async def _greet(self, stream: FrameStream) -> Hello:
         hello = from_bytes(Hello, (await stream.expect(FrameKind.HELLO)).payload)
@@ -71,9 +94,11 @@ class StageService:
         if hello.stage != self.stage - 1:
             raise BadFrame(f"stage {hello.stage} dialled stage {self.stage}; only stage {self.stage - 1} may")
         stream.name(f"stage{hello.stage}-stage{self.stage}", "up")
+        if hello.epoch != self._epoch:
+            raise StaleEpoch(f"stage {hello.stage} links up for epoch {hello.epoch}; this is epoch {self._epoch}")
         stream.peer = f"stage {hello.stage}"
         await stream.send(Frame(Header(FrameKind.WELCOME), to_bytes(Welcome(manifest_digest=self._digest))))
-        await self._on_link(stream)
+        await self._serve(self._on_link(stream))
 
     # Samplers ----------------------------------------------------------------------------------------------------------
 
@@ -113,6 +138,9 @@ class StageService:
         stream.name(f"sampler-stage{self.stage}", "up", {FrameKind.ROLLOUTS: ROLLOUT_LIMIT})
         stream.peer = "the sampler"
         await stream.send(Frame(Header(FrameKind.WELCOME), to_bytes(Welcome(manifest_digest=self._digest))))
+        await self._serve(self._feed_on(stream))
+
+    async def _feed_on(self, stream: FrameStream) -> None:
         self._feeds.append(stream)
         try:
             await self._give_order()

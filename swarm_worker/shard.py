@@ -68,7 +68,7 @@ class ShardWriter:
         self._file = shard_name(stage, stages)
         self._digest = manifest_digest
         self._newest = newest
-        self._keep = keep
+        self.keep = keep
 
     def write(self, tick: int, make: Callable[[], Shard]) -> Saved:
         """Write the shard of this tick. One that is there already stays: rewriting would tear a complete checkpoint."""
@@ -90,7 +90,7 @@ class ShardWriter:
         assert self._newest is not None
         names = sorted(path.parent.name for path in self._folder.glob(f"*/{self._file}"))
         past = [name for name in names if name <= self._newest.checkpoint]
-        for name in past[: -(self._keep + 1)] if self._keep else []:
+        for name in past[: -(self.keep + 1)] if self.keep else []:
             if not (self._folder / name / CHECKPOINT_INDEX).exists():
                 (self._folder / name / self._file).unlink()
                 with contextlib.suppress(OSError):  # another stage's shard is still there

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from functools import partial
 
 from swarm_core.wire.errors import BadFrame
@@ -26,6 +25,7 @@ from swarm_core.wire.messages import (
 from swarm_worker.anchor_link import AnchorLink
 from swarm_worker.compute_thread import ComputeThread
 from swarm_worker.correcting import Capture, CorrectionRefused
+from swarm_worker.redo import Kind, Record
 from swarm_worker.snapshots import SnapshotShipper
 
 log = logging.getLogger(__name__)
@@ -39,12 +39,15 @@ class SlowCircuit:
         self._correcting = work.compute.correcting
         self._stage = work.compute.span.stage
         self._shipper = SnapshotShipper(self._post, vocab)
-        anchor.on_return.append(self._shipper.resume)
 
     @property
     def held(self) -> dict[int, tuple[int, int]]:
         """The corrections that this stage could merge: (snapshot tick, first tick to merge it in) by version."""
         return self._correcting.held if self._correcting is not None else {}
+
+    def resume(self) -> None:
+        """The stream to the anchor is a new one: what was under way is lost."""
+        self._shipper.resume()
 
     async def run(self) -> None:
         """Ship until cancelled."""
@@ -61,17 +64,18 @@ class SlowCircuit:
             if frame.header.kind is FrameKind.SNAPSHOT_HELD:
                 self._shipper.held(from_bytes(SnapshotHeld, frame.payload))
                 return
-            hold = await self._checked(frame)
+            correction = await self._checked(frame)
         except (CorrectionRefused, BadFrame) as error:
             log.warning("stage %d: %s", self._stage, error)
             words = {"event": "correction_refused", "message": f"stage {self._stage}: {error}"}
             self._anchor.post_report(Report(type="event", tick=self._work.position.tick, words=words))
         else:
-            if hold is not None:
-                self._work.deliver(hold)
+            if correction is not None and self._correcting is not None:
+                record = Record(Kind.CORRECTION, to_bytes(correction))
+                self._work.deliver(partial(self._correcting.hold, correction), record)
 
-    async def _checked(self, frame: Frame) -> Callable[[], None] | None:
-        """What the compute thread has to do with a correction: nothing, if it is held already. Raises if it is bad."""
+    async def _checked(self, frame: Frame) -> Correction | None:
+        """A correction that the compute thread is to hold; None for one that it holds already. Raises if it is bad."""
         message, epoch = from_bytes(Correction, frame.payload), self._work.position.epoch
         if self._correcting is None:
             raise CorrectionRefused("a correction came, but this run has no merger")
@@ -82,7 +86,7 @@ class SlowCircuit:
         if message.version in self.held:
             return None  # said again after an outage
         await asyncio.to_thread(self._correcting.check, message)  # decoding takes a while, and frames must not wait
-        return partial(self._correcting.hold, message)
+        return message
 
     def _post(self, kind: FrameKind, message: Snapshot | Slice, tick: int) -> None:
         header = Header(kind, self._run_id, self._work.position.epoch, tick)

@@ -1,4 +1,8 @@
-"""The process of one stage worker: join, load, wait for the start, meet the neighbours, work, leave. The shell's shell."""
+"""The process of one stage worker: join, then epoch after epoch meet the neighbours and work, then leave. The shell's shell.
+
+A neighbour that is lost ends the epoch, not the process: it tells the anchor, answers the FENCE with what it can go back to,
+and works on from where the next START says. What that means for its tensors is in epochs.py.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +11,19 @@ import logging
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from codec.basis import Basis
-from codec.spec import Direction
 from swarm_core.errors import UserError
-from swarm_core.models.architecture import fingerprint, read_shape, resolve
-from swarm_core.run_folder import CHECKPOINTS, JOURNAL_FILE, RECORD_FILE, make_folder
-from swarm_core.wire.errors import Refused
+from swarm_core.run_folder import make_folder
+from swarm_core.wire.errors import BadFrame, PeerLost, Refused, StaleEpoch, Unreachable
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
-    BasisSet,
+    Fence,
     FrameKind,
     Hello,
-    Ready,
     Rollouts,
-    Saved,
     Start,
     Stop,
     Welcome,
@@ -34,17 +32,10 @@ from swarm_core.wire.messages import (
 )
 from swarm_core.wire.pacing import read_limits
 from swarm_core.wire.streams import Dialled, FrameStream, dial, dialable
-from swarm_worker.compute import StageCompute
-from swarm_worker.compute_thread import ComputeThread
-from swarm_worker.device import pick_device
-from swarm_worker.headers import Position
-from swarm_worker.journal import Journal
-from swarm_worker.lead import LeadState
-from swarm_worker.membership import Membership, await_start, join, read_bases, tell_failure
-from swarm_worker.sampler.replay import ReplayWriter, cut_record
+from swarm_worker.anchor_link import AnchorLink, Standing
+from swarm_worker.epochs import Epochs, span_of
+from swarm_worker.membership import Membership, await_start, join, tell_failure
 from swarm_worker.service import StageService
-from swarm_worker.shard import Shard, ShardError, ShardWriter, read_shard, shard_name
-from swarm_worker.stage_zero import StageZero
 from swarm_worker.worker import StageWorker
 
 log = logging.getLogger(__name__)
@@ -84,14 +75,19 @@ class StageProcess:
         self._signals = signals
         self.ledger = Ledger()
         self.worker: StageWorker | None = None
+        self.epochs: Epochs
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self.service = StageService(arguments.stage, self.ledger, self._serve_above, self._take_rollouts)
         self.limits = self.service.server.limits = read_limits(arguments.limit_mbps)
+        self._words: asyncio.Queue[Fence | Start | Stop | BaseException] = asyncio.Queue()
+        self._stalled = ""  # why this stage cannot go on in its epoch
+        self._epoch = 0
 
     async def run(self) -> None:
         """Join, work until the run ends, leave. Raises typed errors with one readable line."""
         a = self.arguments
-        membership, below = None, None
+        membership, link = None, None
+        tasks: list[asyncio.Task[None]] = []
         try:
             make_folder(a.out)
             address = await self.service.server.start(a.listen)
@@ -99,61 +95,149 @@ class StageProcess:
             hello.manifest_digest = a.expect_digest
             membership = await join(a.anchor, "Anchor/Attend", hello, self.ledger, a.wait_s, f"anchor-stage{a.stage}")
             membership.anchor.pace(self.limits)
-            compute = await self._load(membership)
-            start = await await_start(membership, lambda m: compute.add_bases(m.version, self._bases(membership, m)))
+            self.epochs = Epochs(membership, a.stage, a.out, a.model, self._thread)
+            await membership.anchor.send(
+                Frame(Header(FrameKind.READY, membership.run), to_bytes(await self.epochs.load()))
+            )
+            start = await await_start(membership, answer=self._answer)
             if start is None:
                 return
-            below = await self._dial_below(membership, start)
-            self.worker = await self._assemble(membership, compute, start, below)
+            link = AnchorLink(membership, self._standing, membership.manifest.config.checkpoint.keep)
+            link.on_return.append(partial(self._anchor_is_back, link))
             if self._signals:
-                self._on_signals(self.worker)
-            if below is not None:
-                self.worker.spawn(below.keep_warm(self.worker.over))
-            self.service.open(membership.digest)
-            log.info("the run is over: %s", await self.worker.run())
+                self._on_signals(link)
+            tasks = [asyncio.create_task(link.run()), asyncio.create_task(self._read_anchor(membership, link))]
+            for task in tasks:
+                task.add_done_callback(self._task_done)
+            log.info("the run is over: %s", await self._work(membership, link, start))
         except Exception as error:
-            if membership is not None and self.worker is None:  # a worker has said so itself
+            if link is not None:
+                await link.last_words(f"stage {a.stage}", error)
+            elif membership is not None:
                 await tell_failure(membership, f"stage {a.stage}", error)
             raise
         finally:
-            for stream in (below, membership.anchor if membership is not None else None):
-                if stream is not None:
-                    await stream.close()
+            for task in tasks:
+                task.cancel()
+            if membership is not None:
+                await membership.anchor.close()
             await self.service.server.stop()
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _bases(self, membership: Membership, message: BasisSet) -> dict[tuple[int, Direction], Basis]:
-        return read_bases(message, membership.manifest, self.arguments.stage)
+    # Epochs ------------------------------------------------------------------------------------------------------------
 
-    async def _load(self, membership: Membership) -> StageCompute:
-        config = membership.manifest.config
-        if config.run.threads:
-            torch.set_num_threads(config.run.threads)
-        path = resolve(self.arguments.model or config.model.path)
-        loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._thread, fingerprint, path)
-        device = pick_device(config.run.device)
-        compute = await loop.run_in_executor(
-            self._thread, StageCompute, membership.manifest, self.arguments.stage, path, device
-        )
-        if compute.correcting is not None:
-            membership.expect_corrections(compute.correcting.largest_packet)
-        parameters = sum(p.numel() for p in compute.parameters)
-        log.info(
-            "stage %d of %d: layers %d to %d, %.2f M parameters on %s",
-            compute.span.stage,
-            compute.span.stages,
-            compute.span.first_layer,
-            compute.span.last_layer - 1,
-            parameters / 1e6,
-            device,
-        )
-        if compute.span.is_last and read_shape(path).tied:
-            log.info("lm_head was tied to the embedding: this stage trains a copy of its own, and the export says so")
-        size = sum(p.numel() * p.element_size() for p in compute.parameters)
-        ready = Ready(parameters, size, found)
-        await membership.anchor.send(Frame(Header(FrameKind.READY, membership.run), to_bytes(ready)))
-        return compute
+    async def _work(self, membership: Membership, link: AnchorLink, start: Start) -> str:
+        """One epoch after the other, until the run is over; returns the reason of its end."""
+        epoch: asyncio.Task[str] | None = asyncio.create_task(self._work_epoch(membership, link, start))
+        word = asyncio.create_task(self._words.get())
+        try:
+            while True:
+                await asyncio.wait({word, epoch} if epoch else {word}, return_when=asyncio.FIRST_COMPLETED)
+                if epoch is not None and epoch.done():
+                    try:
+                        return epoch.result()
+                    except (PeerLost, StaleEpoch, Unreachable) as error:
+                        self._cannot_go_on(link, error)
+                    epoch = None
+                if not word.done():
+                    continue
+                said, word = word.result(), asyncio.create_task(self._words.get())
+                if isinstance(said, BaseException):
+                    raise said
+                if epoch is not None and not isinstance(said, Stop):
+                    await _cancelled(epoch)
+                    epoch = None
+                match said:
+                    case Fence() if said.epoch > self._epoch:
+                        link.post(await self._answer(said))
+                    case Start():
+                        epoch = asyncio.create_task(self._work_epoch(membership, link, said))
+                    case Stop() if epoch is None:
+                        return said.reason
+        finally:
+            word.cancel()
+            if epoch is not None:
+                await _cancelled(epoch)
+
+    async def _work_epoch(self, membership: Membership, link: AnchorLink, start: Start) -> str:
+        below, self._epoch, self._stalled = None, start.epoch, ""
+        try:
+            work, zero = await self.epochs.set_up(start)
+            self.service.offer(work.position.tick, work.compute.published.get(work.position.tick, {}))
+            below = await self._dial_below(membership, start)
+            self.worker = worker = StageWorker(membership, link, work, self.service, below, zero)
+            for report in self.epochs.rows:
+                link.post_report(report)
+            if self.epochs.saved is not None:
+                message = Frame(
+                    Header(FrameKind.SAVED, membership.run, tick=work.position.tick), to_bytes(self.epochs.saved)
+                )
+                link.post(message)
+            if below is not None:
+                worker.spawn(below.keep_warm(worker.over))
+            self.service.open(membership.digest, start.epoch)
+            return await worker.run()
+        finally:
+            self.worker = None
+            if below is not None:
+                await below.close()
+            await self.service.shut()
+
+    async def _answer(self, fence: Fence) -> Frame:
+        """What this stage can go back to. The compute thread has finished what it was at when this returns."""
+        self._epoch = fence.epoch
+        held = await asyncio.get_running_loop().run_in_executor(self._thread, self.epochs.held, fence.epoch)
+        log.warning("epoch %d: %s; this stage holds %s", fence.epoch, fence.reason, span_of(held))
+        return Frame(Header(FrameKind.HELD, epoch=fence.epoch), to_bytes(held))
+
+    def _cannot_go_on(self, link: AnchorLink, error: Exception | None = None) -> None:
+        """A neighbour is lost: the anchor is to end this epoch. Said again to an anchor that is back."""
+        if error is not None:
+            self._stalled = f"stage {self.arguments.stage}: {error}"
+            log.warning("epoch %d cannot go on: %s", self._epoch, error)
+        link.post(Frame(Header(FrameKind.FENCE, epoch=self._epoch), to_bytes(Fence(self._epoch, self._stalled))))
+
+    # The anchor --------------------------------------------------------------------------------------------------------
+
+    async def _read_anchor(self, membership: Membership, link: AnchorLink) -> None:
+        """Bases, epochs and the end of the run come from the anchor; no tick waits for any of them."""
+        while (frame := await link.receive()) is not None:
+            match frame.header.kind:
+                case FrameKind.BASIS:
+                    message = membership.take_bases(frame)
+                    if self.worker is not None:
+                        await self.worker.take_bases(message)
+                case FrameKind.SNAPSHOT_HELD | FrameKind.CORRECTION:
+                    if self.worker is not None:
+                        await self.worker.slow.take(frame)
+                case FrameKind.FENCE:
+                    self._words.put_nowait(from_bytes(Fence, frame.payload))
+                case FrameKind.START:
+                    self._words.put_nowait(from_bytes(Start, frame.payload))
+                case FrameKind.STOP:
+                    stop = from_bytes(Stop, frame.payload)
+                    if self.worker is not None:
+                        self.worker.stop(stop)
+                    if stop.now:
+                        self._words.put_nowait(stop)
+                        return
+                case kind:
+                    raise BadFrame(f"the anchor sent {kind.name}")
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._words.put_nowait(error)
+
+    def _standing(self) -> Standing:
+        tick, basis = self.epochs.standing()
+        return Standing(self._epoch, tick, basis, stalled=self.worker is None)
+
+    def _anchor_is_back(self, link: AnchorLink) -> None:
+        """Its stream is a new one: what was said on the last one may be lost."""
+        if self.worker is not None:
+            self.worker.slow.resume()
+        elif self._stalled:
+            self._cannot_go_on(link)
 
     async def _dial_below(self, membership: Membership, start: Start) -> Dialled | None:
         """The link to the next stage. It answers once its own link is up, so the chain closes from the last stage on."""
@@ -163,74 +247,12 @@ class StageProcess:
         address = start.stage_addresses[stage + 1]
         below = await dial(address, "Stage/Link", self.ledger, f"stage {stage + 1}", NEIGHBOUR_WAIT_S)
         below.name(f"stage{stage}-stage{stage + 1}", "down").pace(self.limits)
-        hello = Hello(role="link", stage=stage, manifest_digest=membership.digest)
+        hello = Hello(role="link", stage=stage, manifest_digest=membership.digest, epoch=start.epoch)
         await below.send(Frame(Header(FrameKind.HELLO, membership.run), to_bytes(hello)))
         from_bytes(Welcome, (await below.expect(FrameKind.WELCOME)).payload)
         return below
 
-    async def _assemble(
-        self, membership: Membership, compute: StageCompute, start: Start, below: Dialled | None
-    ) -> StageWorker:
-        a = self.arguments
-        state, position, saved = LeadState(epoch=start.epoch), Position(epoch=start.epoch), None
-        stats: dict[int, dict[str, float]] = {}
-        if start.checkpoint:
-            loop = asyncio.get_running_loop()
-            shard = await loop.run_in_executor(self._thread, self._read_shard, membership, start)
-            await loop.run_in_executor(self._thread, compute.from_shard, shard)
-            position = Position(int(shard.meta["tick"]), int(shard.meta["lineage"]), start.epoch)
-            if a.stage == 0:
-                state = LeadState.from_json(shard.meta["stage_zero"]["lead"])
-                stats = {int(batch): values for batch, values in shard.meta["stage_zero"]["stats"].items()}
-                state.epoch, state.published = start.epoch, position.tick
-            file = shard_name(a.stage, membership.manifest.stages)
-            saved = Saved(position.tick, start.checkpoint, file, start.shard_digests[a.stage])
-            compute.publish(position.tick)
-            self.service.offer(position.tick, compute.published[position.tick])
-            log.info("continuing at tick %d from %s", position.tick, start.checkpoint)
-        zero = None
-        if a.stage == 0:
-            zero = self._stage_zero(membership, compute, state, stats, resumed=bool(start.checkpoint))
-        keep = membership.manifest.config.checkpoint.keep
-        shards = ShardWriter(a.out, a.stage, membership.manifest.stages, membership.digest, saved, keep)
-        work = ComputeThread(compute, self._thread, shards, position)
-        return StageWorker(membership, work, self.service, below, zero)
-
-    def _stage_zero(
-        self,
-        membership: Membership,
-        compute: StageCompute,
-        state: LeadState,
-        stats: dict[int, dict[str, float]],
-        *,
-        resumed: bool,
-    ) -> StageZero:
-        path = self.arguments.out / JOURNAL_FILE
-        if not resumed and path.exists() and path.read_text().strip():
-            raise UserError(f"{path} belongs to an earlier run: give this worker another --out, or resume that run")
-        journal = Journal(path, state.tick)
-        record = self._open_record(membership, state.next_batch)
-        return StageZero(membership.manifest, compute.loss_spec, compute.dtype, journal, state, record, stats)
-
-    def _open_record(self, membership: Membership, next_batch: int) -> ReplayWriter | None:
-        config = membership.manifest.config
-        if not config.sampler.record:
-            return None
-        path = self.arguments.out / RECORD_FILE
-        cut_record(path, next_batch)  # batches after the checkpoint will be drawn again
-        return ReplayWriter(path, config.grpo.completions_per_prompt, config.grpo.prompts_per_batch)
-
-    def _read_shard(self, membership: Membership, start: Start) -> Shard:
-        a = self.arguments
-        name = shard_name(a.stage, membership.manifest.stages)
-        path = a.out / CHECKPOINTS / start.checkpoint / name
-        shard = read_shard(path, start.shard_digests.get(a.stage, ""))
-        if shard.meta.get("manifest_digest") != membership.digest:
-            raise ShardError(
-                f"{path} was written under manifest {str(shard.meta.get('manifest_digest'))[:12]}..., the anchor runs "
-                f"{membership.digest[:12]}...: resume with the run file of that run"
-            )
-        return shard
+    # Streams that others dial ------------------------------------------------------------------------------------------
 
     async def _serve_above(self, stream: FrameStream) -> None:
         assert self.worker is not None, "the service opens after the worker stands"
@@ -247,20 +269,27 @@ class StageProcess:
             self.worker.fail(error)
             raise
 
-    def _on_signals(self, worker: StageWorker) -> None:
+    def _on_signals(self, link: AnchorLink) -> None:
         """SIGTERM or SIGINT: ask for the end of the run after this tick; a second one ends this process at once."""
         asked = False
 
         def leave(name: str) -> None:
             nonlocal asked
             if asked:
-                worker.fail(KeyboardInterrupt(name))
+                self._words.put_nowait(KeyboardInterrupt(name))
                 return
             asked = True
             log.warning("%s: leaving after this tick, with a checkpoint; once more to leave at once", name)
             stop = Stop(reason=f"stage {self.arguments.stage} got {name}")
-            worker.anchor.post(Frame(Header(FrameKind.STOP), to_bytes(stop)))
-            worker.stop(stop)  # stage 0 needs no anchor for it
+            link.post(Frame(Header(FrameKind.STOP), to_bytes(stop)))
+            if self.worker is not None:
+                self.worker.stop(stop)  # stage 0 needs no anchor for it
 
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, leave, number.name)
+
+
+async def _cancelled(task: asyncio.Task[str]) -> None:
+    """Cut off an epoch and wait until it has left nothing behind."""
+    task.cancel()
+    await asyncio.wait({task})

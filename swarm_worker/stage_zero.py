@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from swarm_core.config import RunConfig
 from swarm_core.learning import optimizer as optim
 from swarm_core.learning.batch import Batch, make_batch
 from swarm_core.learning.errors import RolloutError
@@ -20,7 +21,7 @@ from swarm_core.learning.merge import measures
 from swarm_core.learning.rollout import RolloutBatch, reward_metrics, slices, to_samples
 from swarm_core.manifest import Manifest
 from swarm_core.run_folder import checkpoint_name
-from swarm_core.wire.messages import Decide, Order, Outcome, Report, StageVote
+from swarm_core.wire.messages import Decide, Order, Outcome, Report, Rollouts, StageVote
 from swarm_worker.compute import optimizer_spec
 from swarm_worker.correcting import SUMS, summed
 from swarm_worker.fidelity import POISONED, PREFIX
@@ -74,6 +75,7 @@ class StageZero:
         self._stock: Batch | None = None
         self._rollouts: RolloutBatch | None = None
         self._stats = stats
+        self.kept: dict[int, Rollouts] = {}  # delivered in an earlier epoch, and not trained on yet
         self._last_decision = time.monotonic()
 
     def ending(self) -> tuple[Report, Order | None]:
@@ -99,23 +101,8 @@ class StageZero:
         if (rollouts.groups, rollouts.group_size) != wanted:
             got = f"{rollouts.groups} prompts x {rollouts.group_size} completions"
             raise RolloutError(rollouts.batch, None, f"got {got}, wanted {wanted[0]} x {wanted[1]}")
-        cut = slices(rollouts, config.grpo.ticks_per_pass)
-        samples, tokens, sequences = [], [], []
-        for part in cut:
-            kept, stats = to_samples(part, self._loss_spec)
-            samples.append(kept)
-            tokens.append(stats.denominators.tokens)
-            sequences.append(stats.denominators.sequences)
-        batch = make_batch(
-            rollouts.batch,
-            rollouts.weight_version,
-            samples,
-            tokens,
-            sequences,
-            config.swarm.microbatch_size,
-            keep_groups=config.links.shares_prompts,
-        )
-        self.lead.accept(Stock(batch.number, batch.weight_version, batch.microbatches))
+        batch, stock = batch_of(rollouts, config, self._loss_spec)
+        self.lead.accept(stock)
         self._stock, self._rollouts = batch, rollouts
         self._stats[batch.number] = reward_metrics(rollouts)
 
@@ -202,3 +189,24 @@ def _fault(stamp: Stamp, votes: list[StageVote]) -> str:
             several = f"{len(bad)} of {len(vote.norms)} tensors, the first number {bad[0]}"
             return f"stage {vote.stage}, tick {stamp.tick}: the gradient is not finite in {several}"
     return ""
+
+
+def batch_of(rollouts: RolloutBatch, config: RunConfig, spec: LossSpec) -> tuple[Batch, Stock]:
+    """(the batch as stage 0 holds it, what the lead must know of it)."""
+    cut = slices(rollouts, config.grpo.ticks_per_pass)
+    samples, tokens, sequences = [], [], []
+    for part in cut:
+        kept, stats = to_samples(part, spec)
+        samples.append(kept)
+        tokens.append(stats.denominators.tokens)
+        sequences.append(stats.denominators.sequences)
+    batch = make_batch(
+        rollouts.batch,
+        rollouts.weight_version,
+        samples,
+        tokens,
+        sequences,
+        config.swarm.microbatch_size,
+        keep_groups=config.links.shares_prompts,
+    )
+    return batch, Stock(batch.number, batch.weight_version, batch.microbatches)

@@ -2,7 +2,7 @@
 
 One asyncio thread moves frames and decides; one compute thread moves tensors. Neither waits for the other: what is to
 be sent is posted to an outbox, what is to be computed is handed to the compute thread, and both come back as events.
-Joining and starting are in stage_process.py; what stage 0 decides is in stage_zero.py.
+It lives for one epoch. Joining, starting and starting again are in stage_process.py; what stage 0 decides is in stage_zero.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from swarm_core.wire.bases import matrix_of
 from swarm_core.wire.errors import BadFrame, PeerLost
 from swarm_core.wire.frames import Frame, Header, address_of
 from swarm_core.wire.messages import (
+    BasisSet,
     BatchData,
     Begin,
     Decide,
@@ -37,12 +38,14 @@ from swarm_core.wire.messages import (
 from swarm_core.wire.outbox import Outbox
 from swarm_core.wire.rollouts import batch_data, read_batch, read_rollouts
 from swarm_core.wire.streams import FrameStream
+from swarm_worker import failpoints
 from swarm_worker.admission import Admission
-from swarm_worker.anchor_link import AnchorLink, Standing
+from swarm_worker.anchor_link import AnchorLink
 from swarm_worker.compute import Packet
 from swarm_worker.compute_thread import Applied, ComputeThread
 from swarm_worker.headers import Position, header_of, key
 from swarm_worker.membership import Membership, read_bases
+from swarm_worker.redo import Kind, Record
 from swarm_worker.schedule import (
     ActivationCame,
     AskAgain,
@@ -74,20 +77,19 @@ WATCH_S = 30.0  # a tick of a large model over a slow link can take this long; n
 
 
 class StageWorker:
-    """One stage at work, from START to STOP. `over` resolves when the run has ended, or fails with what broke."""
+    """One stage at work in one epoch, from START on. `over` resolves when the run has ended, or fails with what broke."""
 
     def __init__(
         self,
         membership: Membership,
+        anchor: AnchorLink,
         work: ComputeThread,
         service: StageService,
         below: FrameStream | None,
         zero: StageZero | None,
     ) -> None:
-        keep = membership.manifest.config.checkpoint.keep
-        self.anchor = AnchorLink(membership, self._standing, keep)
+        self.anchor = anchor
         self.manifest, self.run_id = membership.manifest, membership.run
-        self._take_bases = membership.take_bases
         self.work = work
         self.span = work.compute.span
         self.service = service
@@ -136,9 +138,7 @@ class StageWorker:
             self.over.set_exception(error)
 
     async def run(self) -> str:
-        """Work until STOP; returns its reason. Raises what broke."""
-        self.spawn(self.anchor.run())
-        self.spawn(self.read_anchor())
+        """Work until STOP; returns its reason. Raises what broke: PeerLost or StaleEpoch where a neighbour is to blame."""
         self.spawn(self.watch())
         self.spawn(self.slow.run())
         if self.below is not None:
@@ -152,9 +152,6 @@ class StageWorker:
             if not await self.anchor.leave(LEAVE_S):
                 log.warning("stage %d leaves before the anchor has booked its last report", self.span.stage)
             return reason
-        except Exception as error:
-            await self.anchor.last_words(f"stage {self.span.stage}", error)
-            raise
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -213,7 +210,7 @@ class StageWorker:
                 size = self.manifest.config.swarm.microbatch_size
                 batch = read_batch(data, size, self.manifest.vocab)
                 self.admission.batches[batch.number] = batch
-                self.work.deliver(partial(self.work.compute.add_batch, batch))
+                self.work.deliver(partial(self.work.compute.add_batch, batch), Record(Kind.BATCH, bytes(frame.payload)))
             case FrameKind.BEGIN:
                 self._post_below(frame)
                 self.drive(Begun(self.admission.stamp(frame)))
@@ -243,27 +240,12 @@ class StageWorker:
             case kind:
                 raise BadFrame(f"stage {self.span.stage + 1} sent {kind.name} up the link")
 
-    async def read_anchor(self) -> None:
-        """Bases and the end of the run come from the anchor; no tick waits for either."""
-        while (frame := await self.anchor.receive()) is not None:
-            match frame.header.kind:
-                case FrameKind.BASIS:
-                    message = self._take_bases(frame)
-                    # On a thread of its own: to check a wide basis takes up to a second, and frames must not wait.
-                    bases = await asyncio.to_thread(read_bases, message, self.manifest, self.span.stage)
-                    self.work.deliver(partial(self.work.compute.add_bases, message.version, bases))
-                case FrameKind.SNAPSHOT_HELD | FrameKind.CORRECTION:
-                    await self.slow.take(frame)
-                case FrameKind.STOP:
-                    stop = from_bytes(Stop, frame.payload)
-                    self.stop(stop)
-                    if stop.now:
-                        return
-                case kind:
-                    raise BadFrame(f"the anchor sent {kind.name}")
-
-    def _standing(self) -> Standing:
-        return Standing(self.position.epoch, self.position.tick, self.work.compute.newest_basis)
+    async def take_bases(self, message: BasisSet) -> None:
+        """A new version from the anchor. On a thread of its own: to check a wide basis takes up to a second."""
+        bases = await asyncio.to_thread(read_bases, message, self.manifest, self.span.stage)
+        self.work.deliver(
+            partial(self.work.compute.add_bases, message.version, bases), Record(Kind.BASES, to_bytes(message))
+        )
 
     async def _await_end(self) -> None:
         """The last decision is applied. Only the anchor can say that the books and the last checkpoint are complete."""
@@ -296,6 +278,7 @@ class StageWorker:
                 self.zero.take_rollouts(read_rollouts(message, self.manifest.vocab))
             except LearningError as error:
                 raise BadFrame(str(error)) from None
+            self.work.deliver(_nothing, Record(Kind.ROLLOUTS, to_bytes(message)))
         self._advance()
 
     # The schedule ------------------------------------------------------------------------------------------------------
@@ -365,6 +348,7 @@ class StageWorker:
         busy_s, self.work.busy_s = self.work.busy_s, 0.0
         vote = self._ballot.cast(self.work.compute.newest_basis, busy_s, sorted(self.slow.held))
         vote.votes[0].numbers[f"{ANCHOR_WAIT}/stage_{self.span.stage}"] = self.anchor.take_wait_s()
+        failpoints.hit("voting", self.span.stage, stamp.tick)
         if self.zero is None:
             assert self.above is not None
             header = header_of(FrameKind.VOTE, self.run_id, stamp, self.span.stage - 1)
@@ -374,6 +358,10 @@ class StageWorker:
         batch = self.admission.batches[stamp.batch]
         tokens = sum(batch.layout(stamp.slice, i).tokens for i in range(stamp.microbatches))
         decide, row = self.zero.decide(stamp, vote.votes, vote.gated, tokens)
+        state = self.zero.state()
+        self.work.redo.append(Record(Kind.DECIDED, stamp=stamp, decide=decide, zero=state, row=to_bytes(row)))
+        self.work.redo.sync()  # a decision that somebody has heard is never taken back
+        failpoints.hit("decided", 0, stamp.tick)
         self._send_decision(stamp, decide)
         self._report(row)
 
@@ -399,7 +387,8 @@ class StageWorker:
             self._report(dropped)
         if batch is not None:
             self.admission.batches[batch.number] = batch
-            self.work.deliver(partial(self.work.compute.add_batch, batch))
+            record = Record(Kind.BATCH, microbatch=batch.number)
+            self.work.deliver(partial(self.work.compute.add_batch, batch), record)
             header = Header(FrameKind.BATCH, self.run_id, self.position.epoch, self.position.tick, batch=batch.number)
             self._post_below(Frame(header, to_bytes(batch_data(batch, self.manifest.vocab))))
         if batch is not None or dropped is not None:
@@ -412,7 +401,12 @@ class StageWorker:
             self.drive(Begun(stamp))
 
     def _order(self) -> None:
-        if self.zero is not None and (order := self.zero.lead.next_order()) is not None:
+        if self.zero is None or (order := self.zero.lead.next_order()) is None:
+            return
+        if (kept := self.zero.kept.pop(order.batch, None)) is not None:
+            self.zero.take_rollouts(read_rollouts(kept, self.manifest.vocab))
+            order.generate = False
+        if order.generate or order.evaluate:
             self.spawn(self.service.order(order))
 
     # Frames out --------------------------------------------------------------------------------------------------------
@@ -445,3 +439,7 @@ class StageWorker:
 
     def _report(self, report: Report) -> None:
         self.anchor.post_report(report)
+
+
+def _nothing() -> None:
+    """Rollouts are in stock already; that they have come is for the log alone."""

@@ -63,6 +63,10 @@ class StaleEpoch(Refused):
     """The frame belongs to an epoch or attempt that is over."""
 
 
+class NothingHeld(Refused, UserError):
+    """A stage came into a run at work with nothing that the others could go on from."""
+
+
 class BadFrame(Refused):
     """A frame that no correct peer sends: malformed, too large, a wrong checksum, or not expected here."""
 
@@ -73,6 +77,7 @@ STATUS_OF: dict[type[Refused], grpc.StatusCode] = {
     StageOutOfRange: grpc.StatusCode.OUT_OF_RANGE,
     ManifestMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     StaleEpoch: grpc.StatusCode.ABORTED,
+    NothingHeld: grpc.StatusCode.NOT_FOUND,
     BadFrame: grpc.StatusCode.INVALID_ARGUMENT,
 }
 ERROR_OF: dict[grpc.StatusCode, type[Refused]] = {status: error for error, status in STATUS_OF.items()}

@@ -47,6 +47,8 @@ class FrameKind(enum.IntEnum):
     SLICE = 24
     CORRECTION = 25
     BOOKED = 26
+    FENCE = 27
+    HELD = 28
 
 
 class Mode(enum.IntEnum):
@@ -82,6 +84,7 @@ class Hello:
     epoch: int = 0
     tick: int = 0
     basis_version: int = 0
+    stalled: bool = False
 
 
 @dataclass
@@ -97,14 +100,6 @@ class Ready:
     parameters: int = 0
     parameter_bytes: int = 0
     model_fingerprint: str = ""
-
-
-@dataclass
-class Start:
-    epoch: int = 0
-    stage_addresses: list[str] = field(default_factory=list)
-    checkpoint: str = ""
-    shard_digests: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -201,6 +196,36 @@ class Decide:
     checkpoint: bool = False
     stop: bool = False
     reason: str = ""
+
+
+@dataclass
+class Start:
+    epoch: int = 0
+    stage_addresses: list[str] = field(default_factory=list)
+    checkpoint: str = ""
+    shard_digests: dict[int, str] = field(default_factory=dict)
+    start_id: int = 0
+    recovery: bool = False
+    tick: int = 0
+    lineage: int = 0
+    decide: Decide = field(default_factory=Decide)
+    reported_tick: int = 0
+
+
+@dataclass
+class Fence:
+    epoch: int = 0
+    reason: str = ""
+
+
+@dataclass
+class Held:
+    epoch: int = 0
+    start_id: int = 0
+    ticks: list[int] = field(default_factory=list)
+    lineages: list[int] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    decided: Decide = field(default_factory=Decide)
 
 
 @dataclass

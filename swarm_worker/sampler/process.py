@@ -1,7 +1,8 @@
 """The process of one sampler: takes orders from stage 0, fetches weights from all stages, delivers rollouts, evaluates.
 
 The data cursor is not here: an order names its batch number, and prompts and draws are a function of that number. So a
-sampler can be replaced at any moment: what it did not finish is drawn again, by the next one.
+sampler can be replaced at any moment: what it did not finish is drawn again, by the next one. A stage that is lost ends the
+epoch: the sampler links up anew with the next START, and delivers what it has drawn to whoever asks for that batch then.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import load
 from swarm_core.models.architecture import fingerprint, read_shape
 from swarm_core.models.reading import tensor_shapes
 from swarm_core.run_folder import make_folder
-from swarm_core.wire.errors import BadFrame, PeerLost
+from swarm_core.wire.errors import BadFrame, PeerLost, StaleEpoch, Unreachable
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
@@ -49,7 +50,7 @@ from swarm_worker.sampler.verify import failures
 
 log = logging.getLogger(__name__)
 LEAVE_S = 60.0  # for the last report, once the anchor has said that the run is over
-WORD_S = 30.0  # for the anchor to say that the run is over: stages may hear it first, and leave
+WORD_S = 30.0  # for the anchor to say that a stage which cannot be reached is a lost one
 SAFETENSORS_HEADER = 1 << 20  # names and shapes beside the weights themselves
 
 
@@ -66,6 +67,11 @@ class SamplerProcess:
         self._signals = signals
         self.ledger = Ledger()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
+        self._starts: asyncio.Queue[Start] = asyncio.Queue()
+        self._epoch = 0
+        self._drawn: tuple[int, int, Collected | None] | None = (
+            None  # the last batch, the epoch it was drawn in, and it
+        )
         self._orders: asyncio.Queue[Order] = asyncio.Queue()
         self._weights: asyncio.Queue[tuple[int, int, memoryview]] = asyncio.Queue()
         self._feeds: list[Dialled] = []
@@ -88,17 +94,15 @@ class SamplerProcess:
             start = await await_start(membership, source.hold_bases)
             if start is None:
                 return
-            await self._dial_stages(membership, source, start)
-            link = AnchorLink(membership, lambda: Standing(start.epoch, self._tick, source.basis_version))
+            link = AnchorLink(membership, lambda: Standing(self._epoch, self._tick, source.basis_version))
             if self._signals:
                 self._on_signals(link)
             tasks = [
                 asyncio.create_task(work)
                 for work in (
-                    self._until_over(self._serve_orders(link, source)),
+                    self._serve(link, membership, source, start),
                     link.run(),
                     self._read_anchor(link, membership, source),
-                    *(self._until_over(self._read_feed(stage, feed)) for stage, feed in enumerate(self._feeds)),
                 )
             ]
             for task in tasks:
@@ -117,8 +121,7 @@ class SamplerProcess:
         finally:
             for task in tasks:
                 task.cancel()
-            for stream in (*self._feeds, membership.anchor):
-                await stream.close()
+            await membership.anchor.close()
             if source is not None:
                 self._thread.submit(source.close)  # behind a generation under way, which cannot be interrupted
             self._thread.shutdown(wait=False)
@@ -126,14 +129,49 @@ class SamplerProcess:
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
-    async def _until_over(self, work: Coroutine[Any, Any, None]) -> None:
-        """What deals with stages: that one of them leaves is no fault once the run is over."""
+    async def _serve(self, link: AnchorLink, membership: Membership, source: Source, start: Start) -> None:
+        """One epoch after the other. Stages may leave before this sampler hears that the run is over."""
+        word = asyncio.create_task(self._starts.get())
+        epoch = asyncio.create_task(self._serve_epoch(link, membership, source, start))
         try:
-            await work
-        except PeerLost:
-            await asyncio.wait({self.over}, timeout=WORD_S)
-            if not self.over.done():
-                raise
+            while True:
+                await asyncio.wait({word, epoch}, return_when=asyncio.FIRST_COMPLETED)
+                if not word.done():
+                    try:
+                        epoch.result()
+                    except (PeerLost, StaleEpoch) as error:
+                        log.warning("%s: waiting for the anchor's word", error)
+                        await asyncio.wait({word})
+                    except Unreachable:  # nothing was ever heard of that stage
+                        await asyncio.wait({word}, timeout=WORD_S)
+                        if not word.done():
+                            raise
+                start, word = word.result(), asyncio.create_task(self._starts.get())
+                epoch.cancel()
+                await asyncio.wait({epoch})
+                epoch = asyncio.create_task(self._serve_epoch(link, membership, source, start))
+        finally:
+            word.cancel()
+            epoch.cancel()
+            await asyncio.wait({epoch})
+
+    async def _serve_epoch(self, link: AnchorLink, membership: Membership, source: Source, start: Start) -> None:
+        """Link up with all stages and take their orders, until one of them is lost."""
+        self._epoch, self._orders, self._weights = start.epoch, asyncio.Queue(), asyncio.Queue()
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            await self._dial_stages(membership, source, start)
+            tasks = [asyncio.create_task(self._read_feed(stage, feed)) for stage, feed in enumerate(self._feeds)]
+            tasks.append(asyncio.create_task(self._serve_orders(link, source)))
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            feeds, self._feeds = self._feeds, []
+            for feed in feeds:
+                await feed.close()
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         """A task that fails ends the sampler."""
@@ -166,6 +204,8 @@ class SamplerProcess:
             match frame.header.kind:
                 case FrameKind.BASIS:
                     await asyncio.to_thread(source.hold_bases, membership.take_bases(frame))
+                case FrameKind.START:
+                    self._starts.put_nowait(from_bytes(Start, frame.payload))
                 case FrameKind.STOP:
                     if not self.over.done():
                         self.over.set_result(from_bytes(Stop, frame.payload).reason)
@@ -193,7 +233,7 @@ class SamplerProcess:
                 await self._fetch(order.weight_version, source)
             fetched_s = time.monotonic() - started
             if order.generate:
-                collected = await self._call(source.collect, order)
+                collected = await self._call(self._collect, source, order, self._epoch)
                 generated_s = time.monotonic() - started - fetched_s
                 await self._deliver(order, collected)
                 verdicts = [sample.verdict for sample in collected.samples] if collected is not None else []
@@ -208,6 +248,13 @@ class SamplerProcess:
             elif order.evaluate:
                 words = {"event": "no_evaluation", "message": "this sampler replays: it has no model to evaluate"}
                 link.post_report(Report("event", order.weight_version, words=words))
+
+    def _collect(self, source: Source, order: Order, epoch: int) -> Collected | None:
+        """The rollouts of an order; those that were drawn for the same batch in an epoch that was cut off serve again."""
+        if self._drawn is None or self._drawn[0] != order.batch or self._drawn[1] == epoch:
+            self._drawn = order.batch, epoch, source.collect(order)
+        self._drawn = order.batch, epoch, self._drawn[2]
+        return self._drawn[2]
 
     async def _deliver(self, order: Order, collected: Collected | None) -> None:
         message = Rollouts(batch=order.batch, exhausted=True)

@@ -36,6 +36,8 @@ class FrameKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SLICE: _ClassVar[FrameKind]
     CORRECTION: _ClassVar[FrameKind]
     BOOKED: _ClassVar[FrameKind]
+    FENCE: _ClassVar[FrameKind]
+    HELD: _ClassVar[FrameKind]
 
 class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -78,6 +80,8 @@ SNAPSHOT_HELD: FrameKind
 SLICE: FrameKind
 CORRECTION: FrameKind
 BOOKED: FrameKind
+FENCE: FrameKind
+HELD: FrameKind
 TRAIN: Mode
 SCORE: Mode
 REFERENCE: Mode
@@ -132,7 +136,7 @@ class FrameHeader(_message.Message):
     def __init__(self, run: _Optional[int] = ..., lineage: _Optional[int] = ..., kind: _Optional[int] = ..., mode: _Optional[int] = ..., epoch: _Optional[int] = ..., tick: _Optional[int] = ..., attempt: _Optional[int] = ..., batch: _Optional[int] = ..., slice: _Optional[int] = ..., microbatch: _Optional[int] = ..., receiver: _Optional[int] = ..., chunk: _Optional[int] = ..., chunks: _Optional[int] = ..., checksum: _Optional[int] = ..., total_bytes: _Optional[int] = ..., **kwargs) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("role", "stage", "replica", "address", "protocol", "manifest_digest", "versions", "member", "at_work", "epoch", "tick", "basis_version")
+    __slots__ = ("role", "stage", "replica", "address", "protocol", "manifest_digest", "versions", "member", "at_work", "epoch", "tick", "basis_version", "stalled")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +156,7 @@ class Hello(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TICK_FIELD_NUMBER: _ClassVar[int]
     BASIS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    STALLED_FIELD_NUMBER: _ClassVar[int]
     role: str
     stage: int
     replica: int
@@ -164,7 +169,8 @@ class Hello(_message.Message):
     epoch: int
     tick: int
     basis_version: int
-    def __init__(self, role: _Optional[str] = ..., stage: _Optional[int] = ..., replica: _Optional[int] = ..., address: _Optional[str] = ..., protocol: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., member: _Optional[int] = ..., at_work: _Optional[bool] = ..., epoch: _Optional[int] = ..., tick: _Optional[int] = ..., basis_version: _Optional[int] = ...) -> None: ...
+    stalled: bool
+    def __init__(self, role: _Optional[str] = ..., stage: _Optional[int] = ..., replica: _Optional[int] = ..., address: _Optional[str] = ..., protocol: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., member: _Optional[int] = ..., at_work: _Optional[bool] = ..., epoch: _Optional[int] = ..., tick: _Optional[int] = ..., basis_version: _Optional[int] = ..., stalled: _Optional[bool] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("manifest", "manifest_digest", "epoch", "booked")
@@ -189,7 +195,7 @@ class Ready(_message.Message):
     def __init__(self, parameters: _Optional[int] = ..., parameter_bytes: _Optional[int] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
 
 class Start(_message.Message):
-    __slots__ = ("epoch", "stage_addresses", "checkpoint", "shard_digests")
+    __slots__ = ("epoch", "stage_addresses", "checkpoint", "shard_digests", "start_id", "recovery", "tick", "lineage", "decide", "reported_tick")
     class ShardDigestsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -201,11 +207,47 @@ class Start(_message.Message):
     STAGE_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     SHARD_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    START_ID_FIELD_NUMBER: _ClassVar[int]
+    RECOVERY_FIELD_NUMBER: _ClassVar[int]
+    TICK_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    DECIDE_FIELD_NUMBER: _ClassVar[int]
+    REPORTED_TICK_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     stage_addresses: _containers.RepeatedScalarFieldContainer[str]
     checkpoint: str
     shard_digests: _containers.ScalarMap[int, str]
-    def __init__(self, epoch: _Optional[int] = ..., stage_addresses: _Optional[_Iterable[str]] = ..., checkpoint: _Optional[str] = ..., shard_digests: _Optional[_Mapping[int, str]] = ...) -> None: ...
+    start_id: int
+    recovery: bool
+    tick: int
+    lineage: int
+    decide: Decide
+    reported_tick: int
+    def __init__(self, epoch: _Optional[int] = ..., stage_addresses: _Optional[_Iterable[str]] = ..., checkpoint: _Optional[str] = ..., shard_digests: _Optional[_Mapping[int, str]] = ..., start_id: _Optional[int] = ..., recovery: _Optional[bool] = ..., tick: _Optional[int] = ..., lineage: _Optional[int] = ..., decide: _Optional[_Union[Decide, _Mapping]] = ..., reported_tick: _Optional[int] = ...) -> None: ...
+
+class Fence(_message.Message):
+    __slots__ = ("epoch", "reason")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    reason: str
+    def __init__(self, epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Held(_message.Message):
+    __slots__ = ("epoch", "start_id", "ticks", "lineages", "pending", "decided")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    START_ID_FIELD_NUMBER: _ClassVar[int]
+    TICKS_FIELD_NUMBER: _ClassVar[int]
+    LINEAGES_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
+    DECIDED_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    start_id: int
+    ticks: _containers.RepeatedScalarFieldContainer[int]
+    lineages: _containers.RepeatedScalarFieldContainer[int]
+    pending: _containers.RepeatedScalarFieldContainer[int]
+    decided: Decide
+    def __init__(self, epoch: _Optional[int] = ..., start_id: _Optional[int] = ..., ticks: _Optional[_Iterable[int]] = ..., lineages: _Optional[_Iterable[int]] = ..., pending: _Optional[_Iterable[int]] = ..., decided: _Optional[_Union[Decide, _Mapping]] = ...) -> None: ...
 
 class Stop(_message.Message):
     __slots__ = ("reason", "now")

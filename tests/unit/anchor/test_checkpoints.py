@@ -195,7 +195,7 @@ def test_a_run_goes_back_to_a_named_checkpoint_and_leaves_the_later_ones(tmp_pat
         assert resumable(tmp_path, plan, name).tick == 2
     with pytest.raises(CheckpointError, match="tick-9 is no complete checkpoint; there are: tick-00000001, tick-"):
         resumable(tmp_path, plan, "tick-9")
-    set_later_aside(tmp_path, resumable(tmp_path, plan, "tick-00000002"))
+    set_later_aside(tmp_path, 2)
     assert [c.tick for c in found(tmp_path)] == [1, 2]
     assert (tmp_path / "checkpoints" / "tick-00000003" / "stage-1").exists(), "set aside, not deleted"
 

@@ -19,7 +19,8 @@ def hello(stage: int, **fields: object) -> Hello:
 def full(stages: int = 3) -> Roster:
     roster = Roster(stages, DIGEST, PRINT)
     for stage in range(stages):
-        roster.is_ready(roster.join(hello(stage)), READY)
+        roster.is_ready(roster.join(hello(stage, member=100 + stage)), READY)
+    roster.start()
     return roster
 
 
@@ -29,7 +30,9 @@ def test_the_swarm_is_complete_with_the_last_ready_in_any_order() -> None:
     members = [roster.join(hello(stage)) for stage in (2, 0, 1)]
     assert roster.missing() == [0, 1, 2]
     assert [roster.is_ready(member, READY) for member in members] == [False, False, True]
-    assert roster.started and roster.missing() == []
+    assert not roster.started and roster.missing() == []
+    roster.start()
+    assert roster.started and all(member.at_work for member in members)
     assert roster.addresses() == ["host0:70", "host1:70", "host2:70"]
 
 
@@ -114,7 +117,7 @@ def test_a_checkpoint_name_that_leaves_its_folder_is_refused(name: str, file: st
 
 
 def at_work(stage: int, tick: int = 40) -> Hello:
-    return hello(stage, member=100 + stage, at_work=True, tick=tick)
+    return hello(stage, member=100 + stage, at_work=True, tick=tick, epoch=1)
 
 
 def restarted(stages: int = 3) -> Roster:
@@ -128,40 +131,51 @@ def test_a_restarted_anchor_takes_over_with_the_last_member_at_work() -> None:
         roster.join(at_work(stage))
         assert not roster.taken_over() and not roster.started and roster.at_work
     roster.join(at_work(1))
-    assert roster.taken_over() and roster.started and roster.missing() == []
+    assert roster.taken_over() and roster.started and roster.unbroken and roster.missing() == []
     assert not roster.taken_over(), "once"
     assert roster.addresses() == ["host0:70", "host1:70", "host2:70"]
 
 
-def test_a_member_on_a_new_stream_is_itself_and_nobody_else_gets_its_place() -> None:
-    roster = Roster(2, DIGEST, PRINT)
-    first = [roster.join(hello(stage, member=100 + stage)) for stage in range(2)]
-    for member in first:
-        roster.is_ready(member, READY)
-    first[0].away = True
-    with pytest.raises(StageTaken, match="comes anew, but this run is at work: a stage that died cannot rejoin yet"):
-        roster.join(hello(0, member=9))
-    with pytest.raises(StageTaken, match="at work at tick 40, but this anchor does not know it"):
-        roster.join(hello(0, member=9, at_work=True, tick=40))
-    assert roster.join(at_work(0)) is first[0] and not first[0].away
-    assert roster.join(at_work(0)) is first[0], "its old stream need not have ended"
+def test_a_member_on_a_new_stream_is_itself() -> None:
+    roster = full(2)
+    first = roster.members[0]
+    first.away = True
+    assert roster.join(at_work(0)) is first and not first.away and first.fit
+    assert roster.join(at_work(0)) is first, "its old stream need not have ended"
     with pytest.raises(StageTaken, match="already held by host0:70"):
         roster.join(hello(0, member=9))
-
-
-def test_members_at_work_and_members_that_come_anew_do_not_mix() -> None:
-    roster = restarted()
+    roster.join(hello(0, member=100, at_work=True, epoch=1, stalled=True))
+    assert not first.fit, "it waits for another epoch"
+    roster.epoch = 2
     roster.join(at_work(0))
-    with pytest.raises(StageTaken, match="^stage 1 comes anew, but this run is at work: a stage that died") as caught:
-        roster.join(hello(1, member=9))
+    assert not first.fit, "it is in an epoch that is over"
+
+
+def test_the_place_of_a_lost_stage_is_taken_by_whoever_comes_first() -> None:
+    roster = full(2)
+    roster.members[0].away = True
+    newcomer = roster.join(hello(0, member=9))
+    assert roster.members[0] is newcomer and roster.missing() == [0], "it has yet to load"
+    assert roster.is_ready(newcomer, READY) and not newcomer.fit
+    with pytest.raises(StageTaken, match="already held by host0:70"):
+        roster.join(at_work(0))
+    newcomer.away = True
+    with pytest.raises(StageTaken, match="^stage 0 was given up, and another process took its place") as caught:
+        roster.join(at_work(0))
     assert "\n" not in str(caught.value)
+
+
+def test_an_anchor_that_is_back_takes_newcomers_with_those_at_work_but_not_as_if_nothing_had_happened() -> None:
     roster = restarted()
     for stage in range(2):
-        roster.join(hello(stage, member=stage + 1))
-    with pytest.raises(StageTaken, match="^stage 2 is at work at tick 40, but stage 0 has come anew") as caught:
-        roster.join(at_work(2))
-    assert "\n" not in str(caught.value)
-    assert roster.is_ready(roster.join(hello(2, member=3)), READY) is False, "all anew, but two still load"
+        roster.join(at_work(stage))
+    newcomer = roster.join(hello(2, member=9))
+    assert not roster.taken_over(), "it loads"
+    assert roster.is_ready(newcomer, READY) and roster.taken_over() and not roster.unbroken
+    roster = restarted()
+    for stage in range(3):
+        roster.is_ready(roster.join(hello(stage, member=stage + 1)), READY)
+    assert not roster.taken_over(), "all anew: a start, and no run to carry on"
 
 
 @pytest.mark.parametrize("known", [None, {1, 2}])

@@ -70,7 +70,7 @@ async def welcome(address: str) -> Dialled:
 def test_who_is_turned_away(method: str, hello: dict[str, Any], error: type[Exception], message: str) -> None:
     async def work() -> None:
         async with serving() as (service, address):
-            service.open(DIGEST)
+            service.open(DIGEST, 1)
             stream = await greeted(address, method, **hello)
             with pytest.raises(error, match=message):
                 await stream.receive()
@@ -82,7 +82,7 @@ def test_who_is_turned_away(method: str, hello: dict[str, Any], error: type[Exce
 def test_an_order_whose_rollouts_were_refused_goes_to_the_next_sampler() -> None:
     async def work() -> None:
         async with serving() as (service, address):
-            service.open(DIGEST)
+            service.open(DIGEST, 1)
             await service.order(Order(batch=4, generate=True))  # before any sampler is there
             first = await welcome(address)
             assert from_bytes(Order, (await first.expect(FrameKind.ORDER)).payload).batch == 4
@@ -107,7 +107,7 @@ def test_a_sampler_gets_the_version_it_asks_for_or_the_next_newer_one() -> None:
     async def work() -> None:
         async with serving() as (service, address):
             service.offer(3, {"w": torch.tensor([3.0])})
-            service.open(DIGEST)
+            service.open(DIGEST, 1)
             stream = await welcome(address)
             for wanted, got in ((3, 3), (1, 3)):
                 await stream.send(Frame(Header(FrameKind.FETCH), to_bytes(Fetch(wanted))))
@@ -125,7 +125,7 @@ def test_a_sampler_gets_the_version_it_asks_for_or_the_next_newer_one() -> None:
 def test_a_sampler_that_sends_something_else_is_turned_away() -> None:
     async def work() -> None:
         async with serving() as (service, address):
-            service.open(DIGEST)
+            service.open(DIGEST, 1)
             stream = await welcome(address)
             await stream.send(Frame(Header(FrameKind.VOTE)))
             with pytest.raises(BadFrame, match="a sampler sent VOTE"):
@@ -141,7 +141,7 @@ def test_an_order_goes_to_the_sampler_beside_the_one_that_left_and_to_nobody_twi
 
     async def work() -> None:
         async with serving() as (service, address):
-            service.open(DIGEST)
+            service.open(DIGEST, 1)
             first, second = await welcome(address), await welcome(address)
             await service.order(Order(batch=7, generate=True))
             assert await order_of(first) == 7

@@ -1,0 +1,310 @@
+"""The redo log of a stage: everything its compute thread was given since a version that lies on disk. Files only; no tensor.
+
+A stage's state is a function of that version and of what it took in since, in order: batches, bases, corrections, packets
+of its neighbours, decisions. What crosses the links is small, so it is cheaper to keep than a candidate of the weights
+every tick. The log is on disk before a stage votes; so a process that was killed reaches every tick that was published.
+
+    OUT/redo/stage-00-of-03/tick-00000020.log     from the checkpoint of tick 20 on (tick 0: from the model's files)
+
+A file is a row of records: length, CRC-32, msgpack. The first one names the run's start and the version it begins with.
+A torn tail is cut off: nothing that was voted on is in it.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgpack
+from isal.isal_zlib import crc32
+
+from swarm_core.wire.messages import Decide, Mode
+from swarm_worker.headers import Position
+from swarm_worker.schedule import Op, Stamp
+
+log = logging.getLogger(__name__)
+FOLDER = "redo"
+FORMAT = 1
+HEAD = struct.Struct("<II")
+Version = tuple[int, int]
+
+
+class Kind(enum.IntEnum):
+    """What a record is."""
+
+    BASE = 0
+    BATCH = 1  # BatchData
+    BASES = 2  # BasisSet, whole
+    CORRECTION = 3
+    COMPUTE = 4  # a command of the schedule, with the packet it is about
+    DECIDED = 5
+    ROLLOUTS = 6  # stage 0: what a sampler delivered
+
+
+@dataclass(frozen=True)
+class Record:
+    """One of them. Which of the fields mean something depends on the kind."""
+
+    kind: Kind
+    payload: bytes = b""
+    op: Op | None = None
+    stamp: Stamp | None = None
+    microbatch: int = 0  # of a BATCH on stage 0: its number
+    decide: Decide | None = None
+    zero: dict[str, Any] | None = None  # stage 0, with a decision: what it is to lead on with
+    row: bytes = b""  # stage 0, with a decision: the Report of that tick
+
+
+@dataclass
+class _Segment:
+    """One file: the version it begins with, and those that its decisions lead to."""
+
+    path: Path
+    shard: str  # sha256 of the shard that holds the version it begins with; empty: the run's own beginning
+    versions: list[Version]
+    ends: list[int]  # byte behind each of them
+    voted: Stamp | None = None  # of a tick behind the last of them
+    decided: Decide | None = None  # what led to the last of them
+    bytes: int = 0
+
+
+class Redo:
+    """The log of one stage below a run folder. Appending and syncing happen on one thread at a time."""
+
+    def __init__(self, out: Path, stage: int, stages: int, digest: str) -> None:
+        self.folder = out / FOLDER / f"stage-{stage:02d}-of-{stages:02d}"
+        self._digest = digest
+        self._file: BinaryIO | None = None
+        self._segments: list[_Segment] = []
+        self._stock: Record | None = None  # rollouts whose batch has not begun: a new file needs them again
+        self.start_id = 0
+
+    # Writing -----------------------------------------------------------------------------------------------------------
+
+    def begin(self, start_id: int, base: Version, shard: str = "") -> None:
+        """A run begins here, from a checkpoint or from the model: what lies here of another start goes."""
+        self.close()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob("tick-*.log"):
+            path.unlink()
+        self._segments, self.start_id, self._stock = [], start_id, None
+        self._open(base, shard)
+
+    def turn(self, base: Version, shard: str, keep: int) -> None:
+        """This version is in a shard now: go on in a new file. The files of the newest `keep` shards before it stay."""
+        if self._segments[-1].versions == [base]:
+            return
+        self.sync()
+        self.close()
+        self._open(base, shard)
+        for old in self._segments[: -(keep + 1)] if keep else []:
+            old.path.unlink(missing_ok=True)
+        self._segments = self._segments[-(keep + 1) :] if keep else self._segments
+
+    def _open(self, base: Version, shard: str) -> None:
+        path = self.folder / f"tick-{base[0]:08d}.log"
+        self._file = path.open("wb")
+        self._segments.append(_Segment(path, shard, [base], [0]))
+        about = {"format": FORMAT, "digest": self._digest, "start": self.start_id, "shard": shard}
+        about |= {"tick": base[0], "lineage": base[1]}
+        self._segments[-1].ends[0] = self._write(Kind.BASE, about, b"")
+        if self._stock is not None:
+            self.append(self._stock)
+        self.sync()
+        _sync_folder(self.folder)
+
+    def append(self, record: Record) -> None:
+        """Write a record; it is on disk after the next `sync`."""
+        fields: dict[str, Any] = {}
+        if record.stamp is not None:
+            fields["stamp"] = astuple(record.stamp)
+        if record.op is not None:
+            fields["op"] = record.op.value
+        if record.microbatch:
+            fields["microbatch"] = record.microbatch
+        if record.decide is not None:
+            fields["decide"] = list(astuple(record.decide))
+        if record.zero is not None:
+            fields |= {"zero": record.zero, "row": record.row}
+        if record.kind in (Kind.ROLLOUTS, Kind.BATCH):
+            self._stock = record if record.kind is Kind.ROLLOUTS else None
+        end = self._write(record.kind, fields, record.payload)
+        _note(self._segments[-1], record, end)
+
+    def _write(self, kind: Kind, fields: dict[str, Any], payload: bytes | memoryview) -> int:
+        assert self._file is not None, "a log is begun before it is written to"
+        body = msgpack.packb([int(kind), fields, payload])
+        self._file.write(HEAD.pack(len(body), crc32(body)))
+        self._file.write(body)
+        self._segments[-1].bytes += HEAD.size + len(body)
+        return self._segments[-1].bytes
+
+    def sync(self) -> None:
+        """Wait until everything appended is on disk."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    # What can be reached -----------------------------------------------------------------------------------------------
+
+    def find(self) -> None:
+        """Read what an earlier process has left. What is not of this manifest, or torn, is passed over."""
+        self.close()
+        self._segments = []
+        for path in sorted(self.folder.glob("tick-*.log")):
+            segment, about = _scan(path)
+            if segment is None or about.get("digest") != self._digest or about.get("format") != FORMAT:
+                log.warning("%s is passed over: it is not a redo log of this run", path)
+                continue
+            if self._segments and about["start"] != self.start_id:
+                self._segments = []
+            self.start_id = about["start"]
+            self._segments.append(segment)
+
+    def versions(self, shards: set[int]) -> list[Version]:
+        """The versions that can be rebuilt, oldest first; `shards` are the ticks of those that are there."""
+        found: dict[int, Version] = {}
+        for segment in self._segments:
+            base = segment.versions[0]
+            if not segment.shard or base[0] in shards or base == found.get(base[0]):
+                found |= dict(zip([v[0] for v in segment.versions], segment.versions, strict=True))
+        return [found[tick] for tick in sorted(found)]
+
+    def bases(self, version: Version) -> list[tuple[int, str]]:
+        """(tick, sha256 of the shard or empty) of what `version` can be rebuilt from, the nearest first."""
+        return [(s.versions[0][0], s.shard) for s in reversed(self._segments) if s.versions[0][0] <= version[0]]
+
+    @property
+    def voted(self) -> Stamp | None:
+        """The tick behind the newest version, if this stage has voted on it and not heard the decision."""
+        return self._segments[-1].voted if self._segments else None
+
+    @property
+    def decided(self) -> Decide | None:
+        """The decision that led to the newest version, where the log has it."""
+        last = self._segments[-1:] and self._segments[-1]
+        if last and len(last.versions) == 1 and len(self._segments) > 1:
+            last = self._segments[-2]
+        return last.decided if last else None
+
+    def records(self, base: int, version: Version) -> Iterator[Record]:
+        """From the base of that tick up to the decision that led to `version`; or, where that one is not here, all."""
+        for segment in self._segments:
+            if segment.versions[0] == version:
+                return
+            for _, record in _read(segment.path) if segment.versions[0][0] >= base else ():
+                if record.kind is not Kind.BASE:
+                    yield record
+                if _leads_to(record) == version:
+                    return
+
+    def cut(self, version: Version) -> list[Record]:
+        """Everything behind this version is of a future that is left: it goes, and the log is open behind it.
+
+        Returns the rollouts that lay there: whoever begins here may still train on them.
+        """
+        self.close()
+        self._stock = None
+        left: list[Record] = []
+        while self._segments and self._segments[-1].versions[0][0] > version[0]:
+            left = _rollouts(self._segments[-1], 0) + left
+            self._segments.pop().path.unlink()
+        segment = self._segments[-1]
+        if version in segment.versions:
+            at = segment.versions.index(version)
+            left = _rollouts(segment, segment.ends[at]) + left
+            segment.versions, segment.ends = segment.versions[: at + 1], segment.ends[: at + 1]
+            segment.bytes = segment.ends[at]
+            segment.decided = segment.decided if at else None
+        segment.voted = segment.voted if version not in segment.versions else None
+        self._file = segment.path.open("r+b")
+        self._file.truncate(segment.bytes)
+        self._file.seek(segment.bytes)
+        self.sync()
+        return left
+
+
+def _note(segment: _Segment, record: Record, end: int) -> None:
+    """What a record that ends at this byte means for what can be reached."""
+    if record.kind is Kind.COMPUTE and record.op is Op.TALLY:
+        segment.voted = record.stamp
+    elif (version := _leads_to(record)) is not None:
+        segment.versions.append(version)
+        segment.ends.append(end)
+        segment.voted, segment.decided = None, record.decide
+
+
+def _leads_to(record: Record) -> Version | None:
+    if record.kind is not Kind.DECIDED or record.stamp is None or record.decide is None:
+        return None
+    position = Position().after(record.stamp, record.decide)
+    return position.tick, position.lineage
+
+
+def _scan(path: Path) -> tuple[_Segment | None, dict[str, Any]]:
+    """(what a file holds, what its first record says); None for a file without a whole first record."""
+    segment, about = None, {}
+    for end, record in _read(path):
+        if segment is None:
+            about = record.zero or {}
+            if record.kind is not Kind.BASE or not {"tick", "lineage", "start"} <= about.keys():
+                return None, {}
+            segment = _Segment(path, about.get("shard", ""), [(about["tick"], about["lineage"])], [end])
+        else:
+            _note(segment, record, end)
+        segment.bytes = end
+    return segment, about
+
+
+def _read(path: Path) -> Iterator[tuple[int, Record]]:
+    """(byte behind it, record) of the whole records of a file, up to the first torn one."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        at = 0
+        while len(head := file.read(HEAD.size)) == HEAD.size:
+            length, checksum = HEAD.unpack(head)
+            at += HEAD.size + length
+            if at > size or crc32(body := file.read(length)) != checksum:
+                log.warning("%s is torn: what lies behind byte %d is left out", path, at - HEAD.size - length)
+                return
+            yield at, _record(body)
+
+
+def _record(body: bytes) -> Record:
+    kind, fields, payload = msgpack.unpackb(body, strict_map_key=False)
+    if kind == Kind.BASE:
+        return Record(Kind.BASE, zero=fields)
+    stamp = list(fields["stamp"]) if "stamp" in fields else None
+    if stamp is not None:
+        stamp[4] = Mode(stamp[4])
+    return Record(
+        Kind(kind),
+        payload,
+        Op(fields["op"]) if "op" in fields else None,
+        Stamp(*stamp) if stamp is not None else None,
+        fields.get("microbatch", 0),
+        Decide(*fields["decide"]) if "decide" in fields else None,
+        fields.get("zero"),
+        fields.get("row", b""),
+    )
+
+
+def _rollouts(segment: _Segment, start: int) -> list[Record]:
+    return [record for end, record in _read(segment.path) if end > start and record.kind is Kind.ROLLOUTS]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from swarm_core.errors import UserError
 from swarm_core.run_folder import make_folder
-from swarm_core.wire.errors import BadFrame, PeerLost, Refused, StaleEpoch, Unreachable
+from swarm_core.wire.errors import AnchorAway, BadFrame, PeerLost, Refused, StaleEpoch, Unreachable
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
@@ -136,6 +136,8 @@ class StageProcess:
                 if epoch is not None and epoch.done():
                     try:
                         return epoch.result()
+                    except AnchorAway:
+                        raise
                     except (PeerLost, StaleEpoch, Unreachable) as error:
                         self._cannot_go_on(link, error)
                     epoch = None

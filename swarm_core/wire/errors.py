@@ -35,6 +35,10 @@ class PeerLost(WireError):
     """An open stream to a peer broke."""
 
 
+class AnchorAway(PeerLost):
+    """The anchor was away for too long, and nothing can be finished without it."""
+
+
 class PortInUse(WireError, UserError):
     """The address asked for cannot be bound."""
 

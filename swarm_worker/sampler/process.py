@@ -141,7 +141,11 @@ class SamplerProcess:
                         epoch.result()
                     except (PeerLost, StaleEpoch) as error:
                         log.warning("%s: waiting for the anchor's word", error)
-                        await asyncio.wait({word})
+                        away = asyncio.create_task(link.away_for(link.end_wait_s))
+                        await asyncio.wait({word, away}, return_when=asyncio.FIRST_COMPLETED)
+                        away.cancel()
+                        if not word.done():
+                            raise
                     except Unreachable:  # nothing was ever heard of that stage
                         await asyncio.wait({word}, timeout=WORD_S)
                         if not word.done():

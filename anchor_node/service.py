@@ -107,6 +107,7 @@ class AnchorService:
 
     async def _attend(self, stream: FrameStream) -> None:
         hello = from_bytes(Hello, (await stream.expect(FrameKind.HELLO)).payload)
+        stream.must_be_stage(hello.stage)
         await self._open.wait()
         if not hello.at_work and self.roster.known is not None and self.resume is None and not self.roster.at_work:
             raise StageTaken(f"stage {hello.stage} comes anew, but there is no complete checkpoint to begin from")

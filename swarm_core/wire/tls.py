@@ -36,7 +36,7 @@ from swarm_core.wire.errors import NotAllowed, Refused, Unauthenticated
 URI = re.compile(r"kedge://run/([0-9a-f]{16})/(newcomer/)?(anchor|sampler|stage/(0|[1-9][0-9]{0,5}))")
 PROBE_S = 3.0  # for one handshake that tells why another one failed
 RENEW_AT = 2 / 3  # of a certificate's life: an anchor that is away has a third of it to come back
-PRIVATE = 0o600
+SKEW_S = 300.0  # certificates begin this long before they are issued: a newcomer's clock may be behind
 
 # Who may call what, besides "the stage before" for Stage/Link. A method that is not here is nobody's.
 CALLERS = {"Anchor/Attend": "stage", "Anchor/Sample": "sampler", "Stage/Link": "stage", "Stage/Feed": "sampler"}
@@ -166,8 +166,8 @@ class Identity:
 
     @property
     def renew_at(self) -> float:
-        begun = self.certificate.not_valid_before_utc.timestamp()
-        return begun + RENEW_AT * (self.expires_at - begun)
+        issued = self.certificate.not_valid_before_utc.timestamp() + SKEW_S
+        return issued + RENEW_AT * (self.expires_at - issued)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """To dial with. Whom one dials is checked by name: see `server_name`."""

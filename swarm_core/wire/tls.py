@@ -244,8 +244,8 @@ def _time(certificate: x509.Certificate) -> str:
 async def why_refused(address: str, who: str, identity: Identity | None, name: str) -> Refused | None:
     """Why a handshake with a server failed; None where it did not, or where nobody answers. gRPC does not tell.
 
-    Does the handshake once more with Python's own TLS: it names what this side does not believe, and the alert by which
-    the other side says what it does not.
+    Does the handshake once more with Python's own TLS, which names what this side does not believe. A server of gRPC that
+    does not believe this side completes the handshake (of TLS 1.3) and closes, without an alert.
     """
     where, (host, _, port) = f"{who} at {address}", address.rpartition(":")
     try:
@@ -253,16 +253,21 @@ async def why_refused(address: str, who: str, identity: Identity | None, name: s
             context = await asyncio.to_thread(_context, identity)
             reader, writer = await asyncio.open_connection(host.strip("[]"), port, ssl=context, server_hostname=name)
             try:
-                await reader.read(1)  # HTTP/2 settings, or the alert about our certificate
+                taken = bool(await reader.read(1))  # the HTTP/2 settings
             finally:
                 writer.close()
     except ssl.SSLCertVerificationError as error:
         return _unbelieved(where, who, error)
     except ssl.SSLError as error:
-        return _alerted(where, error.reason or str(error), identity)
+        if identity is None:
+            return None  # plain, like us: something else is wrong
+        reason = (error.reason or str(error)).lower()
+        return Unauthenticated(f"{where} does not speak TLS ({reason}): start it with --tls, or join with --insecure")
     except (OSError, TimeoutError):
         return None
-    return None if identity else _wants_tls(where)
+    if identity is None:
+        return Unauthenticated(f"{where} wants TLS and a certificate: {HOW_TO_ENTER}; a stored certificate wants --tls")
+    return None if taken else _not_taken(where, identity)
 
 
 def _context(identity: Identity | None) -> ssl.SSLContext:
@@ -297,21 +302,11 @@ def _unbelieved(where: str, who: str, error: ssl.SSLCertVerificationError) -> Re
             )
 
 
-def _alerted(where: str, reason: str, identity: Identity | None) -> Refused | None:
-    if "ALERT" not in reason:
-        if identity is None:
-            return None  # neither of us speaks TLS; something else is wrong
-        return Unauthenticated(
-            f"{where} does not speak TLS ({reason.lower()}): start it with --tls, or join with --insecure"
-        )
-    if identity is None:
-        return _wants_tls(where)
-    expired = f" (this one is valid until {_time(identity.certificate)})" if "EXPIRED" in reason else ""
-    what = reason.rpartition("ALERT_")[2].lower().replace("_", " ")
-    return Unauthenticated(f"{where} does not take this machine's certificate: {what}{expired}; {HOW_TO_ENTER}")
-
-
-def _wants_tls(where: str) -> Refused:
+def _not_taken(where: str, identity: Identity) -> Refused:
+    what = f"{where} does not take this machine's certificate"
+    if identity.expires_at <= identity.clock():
+        return Unauthenticated(f"{what}, which expired at {_time(identity.certificate)}: {HOW_TO_ENTER}")
     return Unauthenticated(
-        f"{where} wants TLS and a certificate: {HOW_TO_ENTER}; with a stored certificate, --tls does"
+        f"{what}, which ends at {_time(identity.certificate)}: its clock is ahead of this one, or the certificate is of "
+        f"another run; {HOW_TO_ENTER}"
     )

@@ -71,6 +71,8 @@ def create_token(out: Path, role: str, stage: int | None, ttl: str | None) -> No
     lifetime_s = read_duration(ttl) if ttl else TOKEN_S
     authority = Authority(out)
     print(authority.create_token(role, stage, lifetime_s), flush=True)
+    if authority.made:
+        print(f"{out} had no authority, and has a new one: is it the --out of the anchor?", file=sys.stderr)
     until = datetime.fromtimestamp(authority.clock() + lifetime_s, UTC)
     verb = f"join --stage {stage} --listen 0.0.0.0:PORT --advertise HOST:PORT" if role == "stage" else "sample"
     print(

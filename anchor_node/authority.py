@@ -89,7 +89,8 @@ class Authority:
 
     def _open(self) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
         path = self.folder / "authority.pem"
-        if not path.exists():
+        self.made = not path.exists()  # now: a folder that was meant has one already
+        if self.made:
             key = new_key()
             name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"kedge {_run_of(key.public_key())}")])
             builder = self._builder(key.public_key(), name, name, AUTHORITY_S)

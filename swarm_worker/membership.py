@@ -15,7 +15,7 @@ from codec.spec import Direction
 from swarm_core.errors import KedgeError
 from swarm_core.manifest import Manifest, read_manifest
 from swarm_core.wire.bases import as_whole, basis_of, key_of
-from swarm_core.wire.errors import BadAddress, BadFrame, ManifestMismatch, PeerLost, WireError
+from swarm_core.wire.errors import BadFrame, ManifestMismatch, PeerLost, WireError
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import BasisSet, FrameKind, Hello, Report, Start, Stop, Welcome, from_bytes, to_bytes
@@ -83,8 +83,6 @@ async def join(
     address: str, method: str, hello: Hello, ledger: Ledger, wait_s: float, link: str, identity: Identity | None = None
 ) -> Membership:
     """Dial the anchor and take the manifest. Raises BadAddress, Unreachable, Refused and ManifestMismatch, each readable."""
-    if "/" in address:  # a URL would be split at its last colon and dialled in vain
-        raise BadAddress(address)
     hello.versions = {name: importlib.metadata.version(name) for name in ("torch", "grpcio", "protobuf")}
     hello.member = secrets.randbits(64) | 1  # never 0, which is nobody
 

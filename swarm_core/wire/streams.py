@@ -338,7 +338,7 @@ def _probe(host: str, port: int, listen: str) -> None:
 def split_address(address: str) -> tuple[str, int]:
     """HOST:PORT as (host, port). Raises BadAddress."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    if not host or "/" in host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise BadAddress(address)
     return host, int(port)
 

@@ -183,8 +183,9 @@ class Identity:
         (pem,) = auth.get("x509_pem_cert") or (b"",)
         try:
             certificate = x509.load_pem_x509_certificate(pem)
+            certificate.verify_directly_issued_by(self.authority)  # by none that was issued itself, whatever TLS thinks
             name = name_of(certificate)
-        except ValueError:
+        except (ValueError, TypeError, InvalidSignature):
             name = None
         if name is None:
             raise Unauthenticated(f"{method} wants a certificate of this run: {HOW_TO_ENTER}")
@@ -258,6 +259,8 @@ async def why_refused(address: str, who: str, identity: Identity | None, name: s
                 writer.close()
     except ssl.SSLCertVerificationError as error:
         return _unbelieved(where, who, error)
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+        return None  # a forwarder with nobody behind it, say
     except ssl.SSLError as error:
         if identity is None:
             return None  # plain, like us: something else is wrong

@@ -9,11 +9,14 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
 
 from anchor_node.admission import Admission
 from anchor_node.authority import Authority
@@ -28,7 +31,7 @@ from swarm_core.wire.framing import OPENING, OPENING_TLS, frame_wire
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import FrameKind, Hello, Welcome, from_bytes, to_bytes
 from swarm_core.wire.streams import FrameStream, Server, dial
-from swarm_core.wire.tls import Identity, Name, certificate_pem, load_identity, new_key
+from swarm_core.wire.tls import Identity, Name, certificate_pem, key_pem, load_identity, new_key
 from swarm_worker.entry import Entry, enter
 from swarm_worker.sampler.process import SamplerArguments, serve_rollouts
 from swarm_worker.stage_process import StageArguments, hold_stage
@@ -112,6 +115,20 @@ async def doors(out: Path) -> AsyncIterator[Doors]:
             await server.stop()
 
 
+class Chained(Identity):
+    """Shows a certificate that it has made itself, behind the one that it was given."""
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        key, uri = new_key(), Name(self.name.run, "sampler").uri
+        names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)])
+        builder = x509.CertificateBuilder().subject_name(x509.Name([])).issuer_name(self.certificate.subject)
+        builder = builder.public_key(key.public_key()).serial_number(1).add_extension(names, critical=True)
+        builder = builder.not_valid_before(datetime.now(UTC) - timedelta(1))
+        forged = builder.not_valid_after(datetime.now(UTC) + timedelta(1)).sign(self.key, SHA256())
+        chain = certificate_pem(forged) + certificate_pem(self.certificate)
+        return grpc.ssl_channel_credentials(certificate_pem(self.authority), key_pem(key), chain)
+
+
 class Bare(Identity):
     """Believes the authority, and has nothing to show."""
 
@@ -187,6 +204,9 @@ def test_the_matrix_of_calls_and_certificates(tmp_path: Path, method: str) -> No
             bare = Bare(right.key, right.certificate, right.authority)
             with pytest.raises(Unreachable):
                 await house.knock(method, bare, wait_s=1.0)
+            given = named(house.authority, "stage", 1)
+            with pytest.raises(WireError):
+                await house.knock(method, Chained(given.key, given.certificate, given.authority), wait_s=1.0)
             assert house.entered == []
             await house.knock(method, right)
             assert house.entered == ([method] if method in STREAMS else [])
@@ -225,6 +245,13 @@ def test_who_dials_checks_that_the_server_is_the_one_it_should_be(tmp_path: Path
             await plain.stop()
             with pytest.raises(Unreachable):
                 await dial(address, "Anchor/Sample", Ledger(), "the anchor", 0.5, None, caller)
+            # A forwarder with nobody behind it: whoever is meant may come up yet.
+            hollow = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+            port = hollow.sockets[0].getsockname()[1]
+            for identity in (caller, None):
+                with pytest.raises(Unreachable):
+                    await dial(f"127.0.0.1:{port}", "Anchor/Sample", Ledger(), "the anchor", 0.5, None, identity)
+            hollow.close()
 
     asyncio.run(run())
 

@@ -266,7 +266,7 @@ async def why_refused(address: str, who: str, identity: Identity | None, name: s
             return None  # plain, like us: something else is wrong
         reason = (error.reason or str(error)).lower()
         return Unauthenticated(f"{where} does not speak TLS ({reason}): start it with --tls, or join with --insecure")
-    except (OSError, TimeoutError):
+    except (OSError, TimeoutError, UnicodeError):
         return None
     if identity is None:
         return Unauthenticated(f"{where} wants TLS and a certificate: {HOW_TO_ENTER}; a stored certificate wants --tls")

@@ -121,7 +121,11 @@ class Chained(Identity):
     def channel_credentials(self) -> grpc.ChannelCredentials:
         key, uri = new_key(), Name(self.name.run, "sampler").uri
         names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)])
-        builder = x509.CertificateBuilder().subject_name(x509.Name([])).issuer_name(self.certificate.subject)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name.from_rfc4514_string("CN=a sampler"))
+            .issuer_name(self.certificate.subject)
+        )
         builder = builder.public_key(key.public_key()).serial_number(1).add_extension(names, critical=True)
         builder = builder.not_valid_before(datetime.now(UTC) - timedelta(1))
         forged = builder.not_valid_after(datetime.now(UTC) + timedelta(1)).sign(self.key, SHA256())

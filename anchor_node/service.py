@@ -110,6 +110,7 @@ class AnchorService:
 
     async def _attend(self, stream: FrameStream) -> None:
         hello = from_bytes(Hello, (await stream.expect(FrameKind.HELLO)).payload)
+        stream.must_be_stage(hello.stage)
         await self._open.wait()
         lost = self.roster.members.get(hello.stage)
         member = self.roster.join(hello)

@@ -43,8 +43,13 @@ class Child:
 def run_local(arguments: argparse.Namespace) -> int:
     """Bring up a swarm, wait for its end. Returns the exit code of the run."""
     from swarm_core.wire.pacing import read_limits
+    from swarm_core.wire.streams import is_loopback
 
     read_limits(arguments.limit_mbps)  # a bad one is refused before anything starts
+    if not is_loopback(arguments.listen):
+        raise UserError(
+            f"--listen {arguments.listen}: local keeps to this machine; start `anchor_node serve` for others"
+        )
     out: Path = arguments.out
     anchor = _anchor_command(arguments)
     if arguments.dry_run:
@@ -154,7 +159,7 @@ class LocalSwarm:
             return code if code >= 0 else INTERRUPTED
         self.started = True
         worker = [sys.executable, "-m", "swarm_worker.cli"]
-        common = ["--anchor", address, "--out", str(self.out)]
+        common = ["--anchor", address, "--out", str(self.out), "--insecure"]  # whatever token is in the environment
         for stage in range(self._stages()):
             self._start(f"stage-{stage}", [*worker, "join", "--stage", str(stage), *common, *self._limit])
         self._start("sampler", [*worker, "sample", *common])

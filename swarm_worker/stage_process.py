@@ -10,7 +10,7 @@ import asyncio
 import logging
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from swarm_core.wire.messages import (
 from swarm_core.wire.pacing import read_limits
 from swarm_core.wire.streams import Dialled, FrameStream, dial, dialable
 from swarm_worker.anchor_link import AnchorLink, Standing
+from swarm_worker.entry import Entry, enter
 from swarm_worker.epochs import Epochs, span_of
 from swarm_worker.membership import Membership, await_start, join, tell_failure
 from swarm_worker.service import StageService
@@ -55,6 +56,7 @@ class StageArguments:
     expect_digest: str = ""
     wait_s: float = 60.0
     limit_mbps: str | None = None
+    entry: Entry = field(default_factory=Entry)
 
 
 async def hold_stage(arguments: StageArguments, *, signals: bool = True) -> None:
@@ -90,10 +92,14 @@ class StageProcess:
         tasks: list[asyncio.Task[None]] = []
         try:
             make_folder(a.out)
+            identity = await enter(a.entry, a.anchor, a.listen, a.out, "stage", a.stage, a.wait_s)
+            self.service.server.identity, self.service.server.trusted_network = identity, a.entry.trusted_network
             address = await self.service.server.start(a.listen)
             hello = Hello(role="stage", stage=a.stage, address=a.advertise or dialable(address))
             hello.manifest_digest = a.expect_digest
-            membership = await join(a.anchor, "Anchor/Attend", hello, self.ledger, a.wait_s, f"anchor-stage{a.stage}")
+            membership = await join(
+                a.anchor, "Anchor/Attend", hello, self.ledger, a.wait_s, f"anchor-stage{a.stage}", identity
+            )
             membership.anchor.pace(self.limits)
             self.epochs = Epochs(membership, a.stage, a.out, a.model, self._thread)
             await membership.anchor.send(
@@ -247,7 +253,10 @@ class StageProcess:
         if stage + 1 == membership.manifest.stages:
             return None
         address = start.stage_addresses[stage + 1]
-        below = await dial(address, "Stage/Link", self.ledger, f"stage {stage + 1}", NEIGHBOUR_WAIT_S)
+        below = await dial(
+            address, "Stage/Link", self.ledger, f"stage {stage + 1}", NEIGHBOUR_WAIT_S,
+            identity=self.service.server.identity, stage=stage + 1,
+        )  # fmt: skip
         below.name(f"stage{stage}-stage{stage + 1}", "down").pace(self.limits)
         hello = Hello(role="link", stage=stage, manifest_digest=membership.digest, epoch=start.epoch)
         await below.send(Frame(Header(FrameKind.HELLO, membership.run), to_bytes(hello)))

@@ -102,6 +102,28 @@ def test_an_anchor_that_does_not_answer_is_named() -> None:
         refused(run("swarm_worker", "join", "--stage", 0, "--anchor", wrong), wrong, "HOST:PORT")
 
 
+def test_strangers_are_told_what_to_do(tiny: Path) -> None:
+    out = tiny / "out"
+    serve = ("anchor_node", "serve", "--config", tiny / "run.toml", "--out", out, "--listen", "0.0.0.0:0")
+    refused(run(*serve, "--insecure"), "--insecure is for this machine alone", "0.0.0.0:0")
+    assert not (out / "anchor").exists()
+    join = ("swarm_worker", "join", "--stage", 1, "--out", out, "--anchor")
+    refused(run(*join, "anchor.example.org:7400"), "anchor_node token create", "--role stage --stage I")
+    refused(
+        run("swarm_worker", "local", "--config", tiny / "run.toml", "--listen", "0.0.0.0:0"), "keeps to this machine"
+    )
+    token = run("anchor_node", "token", "create", "--out", out, "--role", "stage", "--stage", 1, "--ttl", "10m")
+    assert token.returncode == 0 and token.stdout.count("\n") == 1 and token.stdout.startswith("kedge1.stage.1.")
+    listed = run("anchor_node", "token", "list", "--out", out)
+    assert listed.returncode == 0 and "stage 1" in listed.stdout and "open" in listed.stdout
+    refused(run("anchor_node", "token", "create", "--out", out, "--role", "sampler", "--ttl", "2h"), "1 s to 1 h")
+    refused(
+        run("swarm_worker", "sample", "--anchor", "127.0.0.1:1", "--token", token.stdout.strip()),
+        "stage 1",
+        "a sampler",
+    )
+
+
 def test_what_cannot_be_written_to_is_said_in_one_line(tiny: Path) -> None:
     (tiny / "file").write_text("")
     serve = ("anchor_node", "serve", "--config", tiny / "run.toml", "--listen", "127.0.0.1:0")

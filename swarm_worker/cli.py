@@ -148,23 +148,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run_to_exit_code("swarm_worker local", lambda: run_local(arguments))
     if arguments.command == "join":
-        from swarm_core.wire.allocator import keep_large_blocks
-        from swarm_worker.stage_process import StageArguments, hold_stage
+        return run_to_exit_code("swarm_worker join", lambda: _join(arguments))
+    code = run_to_exit_code("swarm_worker sample", lambda: _sample(arguments))
+    logging.shutdown()
+    os._exit(code)  # a generation under way cannot be interrupted, and the interpreter would wait for it
 
-        keep_large_blocks()
-        given = StageArguments(
-            stage=arguments.stage,
-            anchor=arguments.anchor,
-            listen=arguments.listen,
-            advertise=arguments.advertise,
-            out=arguments.out,
-            model=arguments.model,
-            expect_digest=arguments.expect_digest,
-            wait_s=arguments.wait,
-            limit_mbps=arguments.limit_mbps,
-            entry=_entry(arguments),
-        )
-        return run_to_exit_code("swarm_worker join", lambda: asyncio.run(hold_stage(given)))
+
+def _join(arguments: argparse.Namespace) -> None:
+    _refuse_early(arguments)
+    from swarm_core.wire.allocator import keep_large_blocks
+    from swarm_worker.stage_process import StageArguments, hold_stage
+
+    keep_large_blocks()
+    given = StageArguments(
+        stage=arguments.stage,
+        anchor=arguments.anchor,
+        listen=arguments.listen,
+        advertise=arguments.advertise,
+        out=arguments.out,
+        model=arguments.model,
+        expect_digest=arguments.expect_digest,
+        wait_s=arguments.wait,
+        limit_mbps=arguments.limit_mbps,
+        entry=_entry(arguments),
+    )
+    asyncio.run(hold_stage(given))
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    _refuse_early(arguments)
     from swarm_worker.sampler.process import SamplerArguments, serve_rollouts
 
     wanted = SamplerArguments(
@@ -176,9 +188,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         wait_s=arguments.wait,
         entry=_entry(arguments),
     )
-    code = run_to_exit_code("swarm_worker sample", lambda: asyncio.run(serve_rollouts(wanted)))
-    logging.shutdown()
-    os._exit(code)  # a generation under way cannot be interrupted, and the interpreter would wait for it
+    asyncio.run(serve_rollouts(wanted))
+
+
+def _refuse_early(arguments: argparse.Namespace) -> None:
+    """What can be told in 0.3 s, before torch takes its 3."""
+    from swarm_core.run_folder import make_folder
+    from swarm_core.wire.streams import split_address
+
+    split_address(arguments.anchor)
+    make_folder(arguments.out)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ class StageProcess:
                 said, word = word.result(), asyncio.create_task(self._words.get())
                 if isinstance(said, BaseException):
                     raise said
-                if epoch is not None and not isinstance(said, Stop):
+                if epoch is not None and (self.worker is None or not isinstance(said, Stop)):
                     await _cancelled(epoch)
                     epoch = None
                 match said:

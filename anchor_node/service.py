@@ -17,7 +17,8 @@ from anchor_node.roster import Member, Roster
 from anchor_node.samplers import EVALUATION, Samplers
 from anchor_node.slow_loop import SlowLoop
 from swarm_core.manifest import Manifest
-from swarm_core.wire.errors import BadFrame, PeerLost, Refused, StageTaken
+from swarm_core.wire.beats import Pulse
+from swarm_core.wire.errors import BadFrame, PeerLost, Refused, Silent, StageTaken
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
@@ -84,6 +85,7 @@ class AnchorService:
         self.server = Server("Anchor", {"Attend": self._attend, "Sample": self._sample}, ledger)
         self.stages: dict[int, Outbox] = {}
         self.slow = SlowLoop(self)
+        self._pulse = Pulse("serving", lambda: (self.roster.epoch, self.tick))
         self._newest = 0  # tick of the newest report of any stage: it moves while the run does
         self.absent = Absences(lambda: self._newest)
         self.samplers = Samplers(self)
@@ -127,8 +129,10 @@ class AnchorService:
             except Refused as error:
                 why = f"was refused: {error}"
                 raise
-            except PeerLost:
-                pass
+            except PeerLost as error:
+                if isinstance(error, Silent):
+                    self.event("silent", str(error))
+                    raise
             except Exception as error:
                 self.fail(error)  # ours, not the stage's: a full disk, a bug
                 raise
@@ -197,6 +201,7 @@ class AnchorService:
         box = Outbox(stream)
         task = asyncio.create_task(box.run())
         task.add_done_callback(lambda t: t.cancelled() or t.exception())  # its reader meets the same end
+        stream.heart.start(self._pulse, until=self.over)
         try:
             yield box
         finally:

@@ -15,6 +15,7 @@ from codec.spec import Direction
 from swarm_core.errors import KedgeError
 from swarm_core.manifest import Manifest, read_manifest
 from swarm_core.wire.bases import as_whole, basis_of, key_of
+from swarm_core.wire.beats import Pulse
 from swarm_core.wire.errors import BadAddress, BadFrame, ManifestMismatch, PeerLost, WireError
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
@@ -38,6 +39,7 @@ class Way:
     link: str
     hello: Hello
     limits: dict[FrameKind, int] = field(default_factory=lambda: dict(ANCHOR_LIMITS))  # of frames from it
+    pulse: Pulse = field(default_factory=lambda: Pulse("loading"))  # what its beats say
 
 
 @dataclass
@@ -71,7 +73,9 @@ async def greet(way: Way, hello: Hello, wait_s: float, waiting: Callable[[float]
     anchor.name(way.link, "up", way.limits)
     try:
         await anchor.send(Frame(Header(FrameKind.HELLO), to_bytes(hello)))
-        return anchor, from_bytes(Welcome, (await anchor.expect(FrameKind.WELCOME)).payload)
+        welcome = from_bytes(Welcome, (await anchor.expect(FrameKind.WELCOME)).payload)
+        anchor.heart.start(way.pulse)
+        return anchor, welcome
     except BaseException:
         await anchor.close()
         raise
@@ -102,6 +106,7 @@ async def join(address: str, method: str, hello: Hello, ledger: Ledger, wait_s: 
 
 async def await_start(membership: Membership, take_bases: Callable[[BasisSet], None]) -> Start | None:
     """Wait until the anchor starts the run, taking the bases that come first; None when it ends before it began."""
+    membership.way.pulse.phase = "waits for the start"
     while (frame := await membership.anchor.receive()) is not None:
         match frame.header.kind:
             case FrameKind.BASIS:
@@ -110,6 +115,7 @@ async def await_start(membership: Membership, take_bases: Callable[[BasisSet], N
                 start = from_bytes(Start, frame.payload)
                 if len(start.stage_addresses) != membership.manifest.stages:
                     raise BadFrame(f"START names {len(start.stage_addresses)} stages, not {membership.manifest.stages}")
+                membership.way.pulse.phase = "starting"
                 return start
             case FrameKind.STOP:
                 log.info("the run ended before it began: %s", from_bytes(Stop, frame.payload).reason)

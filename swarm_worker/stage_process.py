@@ -108,7 +108,7 @@ class StageProcess:
             if self._signals:
                 self._on_signals(self.worker)
             if below is not None:
-                self.worker.spawn(below.keep_warm(self.worker.over))
+                below.heart.start(membership.way.pulse, until=self.worker.over)
             self.service.open(membership.digest)
             log.info("the run is over: %s", await self.worker.run())
         except Exception as error:
@@ -234,7 +234,7 @@ class StageProcess:
 
     async def _serve_above(self, stream: FrameStream) -> None:
         assert self.worker is not None, "the service opens after the worker stands"
-        self.worker.spawn(stream.keep_warm(self.worker.over))
+        stream.heart.start(self.worker.pulse, until=self.worker.over)
         await self.worker.serve_above(stream)
 
     def _take_rollouts(self, message: Rollouts) -> None:

@@ -88,6 +88,8 @@ class StageWorker:
         self.anchor = AnchorLink(membership, self._standing, keep)
         self.manifest, self.run_id = membership.manifest, membership.run
         self._take_bases = membership.take_bases
+        self.pulse = membership.way.pulse
+        self.pulse.phase, self.pulse.stands, self.pulse.awaits = "at work", self._stands, self.awaits
         self.work = work
         self.span = work.compute.span
         self.service = service
@@ -159,12 +161,19 @@ class StageWorker:
             for task in self._tasks:
                 task.cancel()
 
+    def _stands(self) -> tuple[int, int]:
+        return self.position.epoch, self.position.tick
+
+    def awaits(self) -> tuple[str, float]:
+        """What is awaited, in words, and for how many seconds nothing has moved. Every beat says it."""
+        what = self.schedule.waiting_for() or (self.zero.lead.waiting_for() if self.zero is not None else "")
+        return what, time.monotonic() - self.progress_at
+
     async def watch(self) -> None:
         """Say what is awaited when nothing has moved for a while: a swarm that hangs must not hang in silence."""
         while True:
             await asyncio.sleep(WATCH_S)
-            age_s = time.monotonic() - self.progress_at
-            what = self.schedule.waiting_for() or (self.zero.lead.waiting_for() if self.zero is not None else "")
+            what, age_s = self.awaits()
             if age_s > WATCH_S and what:
                 log.warning("stage %d has waited %.0f s for %s", self.span.stage, age_s, what)
 

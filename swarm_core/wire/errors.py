@@ -35,6 +35,10 @@ class PeerLost(WireError):
     """An open stream to a peer broke."""
 
 
+class Silent(PeerLost):
+    """A peer whose stream stands has said nothing for too long: it is frozen or cut off."""
+
+
 class PortInUse(WireError, UserError):
     """The address asked for cannot be bound."""
 

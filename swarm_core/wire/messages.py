@@ -47,6 +47,7 @@ class FrameKind(enum.IntEnum):
     SLICE = 24
     CORRECTION = 25
     BOOKED = 26
+    BEAT = 40
 
 
 class Mode(enum.IntEnum):
@@ -139,6 +140,16 @@ class Report:
 @dataclass
 class Booked:
     number: int = 0
+
+
+@dataclass
+class Beat:
+    said_s: float = 0.0
+    heard_s: float = 0.0
+    held_s: float = 0.0
+    phase: str = ""
+    awaits: str = ""
+    awaits_s: float = 0.0
 
 
 @dataclass

@@ -90,6 +90,8 @@ class SamplerProcess:
                 return
             await self._dial_stages(membership, source, start)
             link = AnchorLink(membership, lambda: Standing(start.epoch, self._tick, source.basis_version))
+            pulse = membership.way.pulse
+            pulse.phase, pulse.stands = "at work", lambda: (start.epoch, self._tick)
             if self._signals:
                 self._on_signals(link)
             tasks = [

@@ -36,6 +36,7 @@ class FrameKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SLICE: _ClassVar[FrameKind]
     CORRECTION: _ClassVar[FrameKind]
     BOOKED: _ClassVar[FrameKind]
+    BEAT: _ClassVar[FrameKind]
 
 class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -78,6 +79,7 @@ SNAPSHOT_HELD: FrameKind
 SLICE: FrameKind
 CORRECTION: FrameKind
 BOOKED: FrameKind
+BEAT: FrameKind
 TRAIN: Mode
 SCORE: Mode
 REFERENCE: Mode
@@ -272,6 +274,22 @@ class Booked(_message.Message):
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     number: int
     def __init__(self, number: _Optional[int] = ...) -> None: ...
+
+class Beat(_message.Message):
+    __slots__ = ("said_s", "heard_s", "held_s", "phase", "awaits", "awaits_s")
+    SAID_S_FIELD_NUMBER: _ClassVar[int]
+    HEARD_S_FIELD_NUMBER: _ClassVar[int]
+    HELD_S_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    AWAITS_FIELD_NUMBER: _ClassVar[int]
+    AWAITS_S_FIELD_NUMBER: _ClassVar[int]
+    said_s: float
+    heard_s: float
+    held_s: float
+    phase: str
+    awaits: str
+    awaits_s: float
+    def __init__(self, said_s: _Optional[float] = ..., heard_s: _Optional[float] = ..., held_s: _Optional[float] = ..., phase: _Optional[str] = ..., awaits: _Optional[str] = ..., awaits_s: _Optional[float] = ...) -> None: ...
 
 class Saved(_message.Message):
     __slots__ = ("tick", "checkpoint", "file", "digest", "bytes")

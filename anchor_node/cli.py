@@ -17,6 +17,8 @@ EXAMPLES = """examples:
       continue it from the newest checkpoint
   anchor_node serve --config run.toml --dry-run
       check the run file, model, data, reward and tokenizer, and print the plan: stages, bytes a tick, memory
+  anchor_node status --anchor anchor.example.org:7400
+      where the swarm stands, also when it hangs: who is there, who waits for what, since when
   anchor_node export runs/demo --to exported
       write the newest checkpoint as a model that transformers loads
   anchor_node report runs/demo
@@ -55,6 +57,21 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     serve.add_argument("--log", type=Path, metavar="FILE", help="write the log there instead of to stderr")
 
+    status = commands.add_parser(
+        "status", help="where a running swarm stands", epilog=EXAMPLES, formatter_class=top.formatter_class
+    )
+    whom = status.add_mutually_exclusive_group(required=True)
+    whom.add_argument("--anchor", metavar="HOST:PORT", help="the anchor's address")
+    whom.add_argument("--out", type=Path, metavar="DIR", help="the run folder of an anchor on this machine")
+    status.add_argument("--json", action="store_true", help="everything that is known, as JSON")
+    status.add_argument(
+        "--wait",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="how long to wait for the anchor (default %(default)s)",
+    )
+
     export = commands.add_parser(
         "export", help="write a checkpoint in Hugging Face layout", epilog=EXAMPLES, formatter_class=top.formatter_class
     )
@@ -76,6 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = f"anchor_node {arguments.command}"
     if arguments.command == "serve":
         return run_to_exit_code(name, lambda: _serve(arguments))
+    if arguments.command == "status":
+        from anchor_node.status import show_status
+
+        return run_to_exit_code(
+            name,
+            lambda: show_status(arguments.anchor, arguments.out, as_json=arguments.json, wait_s=arguments.wait),
+        )
     if arguments.command == "export":
         from anchor_node.export import export_run
 

@@ -48,6 +48,10 @@ class FrameKind(enum.IntEnum):
     CORRECTION = 25
     BOOKED = 26
     BEAT = 40
+    STATUS = 41
+    TRIAL = 42
+    TRIED = 43
+    LOAD = 44
 
 
 class Mode(enum.IntEnum):
@@ -150,6 +154,32 @@ class Beat:
     phase: str = ""
     awaits: str = ""
     awaits_s: float = 0.0
+
+
+@dataclass
+class Status:
+    json: str = ""
+
+
+@dataclass
+class Trial:
+    what: str = ""
+    load_bytes: int = 0
+    port: int = 0
+    nonce: bytes = b""
+
+
+@dataclass
+class Tried:
+    clock_s: float = 0.0
+    protocol: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    seen: str = ""
+    run: str = ""
+    phase: str = ""
+    load_bytes: int = 0
+    seconds: float = 0.0
+    refused: str = ""
 
 
 @dataclass

@@ -14,6 +14,7 @@ from anchor_node.absences import GRACE_S, Absences
 from anchor_node.books import Books
 from anchor_node.checkpoints import Checkpoint, complete, found, set_later_aside
 from anchor_node.memory import Memory
+from anchor_node.probing import Probing
 from anchor_node.roster import Member, Roster
 from anchor_node.samplers import EVALUATION, Samplers
 from anchor_node.slow_loop import SlowLoop
@@ -84,7 +85,12 @@ class AnchorService:
         self.tick = max(resume.tick if resume else 0, self.memory.tick)
         self._open = asyncio.Event()
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        calls = {"Attend": self._attend, "Sample": self._sample, "Status": partial(tell, self)}
+        calls = {
+            "Attend": self._attend,
+            "Sample": self._sample,
+            "Status": partial(tell, self),
+            "Probe": Probing(self).serve,
+        }
         self.server = Server("Anchor", calls, ledger)
         self.stages: dict[int, Outbox] = {}
         self.slow = SlowLoop(self)

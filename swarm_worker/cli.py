@@ -18,6 +18,8 @@ EXAMPLES = """examples:
       go on from the newest checkpoint
   swarm_worker join --stage 2 --anchor anchor.example.org:7400 --listen 0.0.0.0:7402 --advertise me.example.org:7402
       hold stage 2 of the run that this anchor serves
+  swarm_worker doctor --anchor anchor.example.org:7400 --listen 0.0.0.0:7402 --advertise me.example.org:7402
+      would that work from here? names, ports, versions, clock, line, disk and device; nothing is joined
   swarm_worker sample --anchor anchor.example.org:7400 --engine hf
       generate rollouts for that run
 """
@@ -59,6 +61,21 @@ def parser() -> argparse.ArgumentParser:
     _common(sample)
     sample.add_argument("--engine", choices=("hf", "replay"), help="how rollouts are made (default: the manifest's)")
     sample.add_argument("--replay", type=Path, metavar="FILE", help="recorded rollouts, for --engine replay")
+
+    doctor = commands.add_parser(
+        "doctor", help="try out an anchor from here, and say what to do", epilog=EXAMPLES,
+        formatter_class=top.formatter_class,
+    )  # fmt: skip
+    doctor.add_argument("--anchor", required=True, metavar="HOST:PORT", help="the anchor's address")
+    doctor.add_argument("--listen", metavar="HOST:PORT", help="where the worker would listen: the anchor dials it back")
+    doctor.add_argument("--advertise", metavar="HOST:PORT", help="the address others would dial, if another")
+    doctor.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/worker"),
+        metavar="DIR",
+        help="where it would write (default %(default)s)",
+    )
 
     local = commands.add_parser(
         "local", help="a whole swarm on this machine", epilog=EXAMPLES, formatter_class=top.formatter_class
@@ -143,6 +160,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             limit_mbps=arguments.limit_mbps,
         )
         return run_to_exit_code("swarm_worker join", lambda: asyncio.run(hold_stage(given)))
+    if arguments.command == "doctor":
+        from swarm_worker.doctor import DoctorArguments, examine
+
+        asked = DoctorArguments(arguments.anchor, arguments.listen, arguments.advertise, arguments.out)
+        return run_to_exit_code("swarm_worker doctor", lambda: examine(asked))
     from swarm_worker.sampler.process import SamplerArguments, serve_rollouts
 
     wanted = SamplerArguments(

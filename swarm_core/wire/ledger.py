@@ -27,6 +27,9 @@ KIND_OF: dict[FrameKind, str] = {
     FrameKind.CORRECTION: "correction",
     FrameKind.BEAT: BEATS,
     FrameKind.WARM: BEATS,
+    FrameKind.TRIAL: "probe",
+    FrameKind.TRIED: "probe",
+    FrameKind.LOAD: "probe",
 }
 COLUMNS = (
     "tick",

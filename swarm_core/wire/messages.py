@@ -178,7 +178,6 @@ class Tried:
     run: str = ""
     phase: str = ""
     load_bytes: int = 0
-    seconds: float = 0.0
     refused: str = ""
 
 

@@ -58,7 +58,9 @@ def test_a_swarm_tells_where_it_stands_while_it_waits_works_and_hangs(
     assert [stage["state"] for stage in hangs["stages"]] == ["at work"] * 3 and len(hangs["samplers"]) == 1
     assert {stage["report_tick"] for stage in hangs["stages"]} == {7} and hangs["bytes"]["activation"] > 0
     text = shown(hangs)
-    assert "rollouts of batch 2, which a sampler has been asked for, for " in text and "at work: epoch 1, tick 8" in text
+    assert (
+        "rollouts of batch 2, which a sampler has been asked for, for " in text and "at work: epoch 1, tick 8" in text
+    )
 
 
 def test_nobody_who_answers_is_said_with_what_to_do(tmp_path: Path) -> None:

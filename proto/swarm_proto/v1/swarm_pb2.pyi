@@ -318,7 +318,7 @@ class Trial(_message.Message):
     def __init__(self, what: _Optional[str] = ..., load_bytes: _Optional[int] = ..., port: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
 
 class Tried(_message.Message):
-    __slots__ = ("clock_s", "protocol", "versions", "seen", "run", "phase", "load_bytes", "seconds", "refused")
+    __slots__ = ("clock_s", "protocol", "versions", "seen", "run", "phase", "load_bytes", "refused")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -333,7 +333,6 @@ class Tried(_message.Message):
     RUN_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     LOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
-    SECONDS_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     clock_s: float
     protocol: int
@@ -342,9 +341,8 @@ class Tried(_message.Message):
     run: str
     phase: str
     load_bytes: int
-    seconds: float
     refused: str
-    def __init__(self, clock_s: _Optional[float] = ..., protocol: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ..., seen: _Optional[str] = ..., run: _Optional[str] = ..., phase: _Optional[str] = ..., load_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., refused: _Optional[str] = ...) -> None: ...
+    def __init__(self, clock_s: _Optional[float] = ..., protocol: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ..., seen: _Optional[str] = ..., run: _Optional[str] = ..., phase: _Optional[str] = ..., load_bytes: _Optional[int] = ..., refused: _Optional[str] = ...) -> None: ...
 
 class Saved(_message.Message):
     __slots__ = ("tick", "checkpoint", "file", "digest", "bytes")

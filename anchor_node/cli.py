@@ -55,6 +55,12 @@ def parser() -> argparse.ArgumentParser:
         "--resume-from", default="", metavar="NAME", help="continue from that checkpoint; later ones are set aside"
     )
     serve.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    serve.add_argument(
+        "--health-port",
+        type=int,
+        metavar="PORT",
+        help="answer /startup, /ready and /live there over plain HTTP (default: nowhere)",
+    )
     serve.add_argument("--log", type=Path, metavar="FILE", help="write the log there instead of to stderr")
 
     status = commands.add_parser(
@@ -120,7 +126,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     from anchor_node.serve import ServeArguments, serve
 
     given = ServeArguments(
-        config, arguments.config, arguments.listen, arguments.out, arguments.resume, arguments.resume_from
+        config,
+        arguments.config,
+        arguments.listen,
+        arguments.out,
+        arguments.resume,
+        arguments.resume_from,
+        arguments.health_port,
     )
     reason = asyncio.run(serve(given))
     print(f"The run is over: {reason}.")

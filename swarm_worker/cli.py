@@ -129,6 +129,12 @@ def _common(command: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long to wait for the anchor (default %(default)s)",
     )
+    command.add_argument(
+        "--health-port",
+        type=int,
+        metavar="PORT",
+        help="answer /startup, /ready and /live there over plain HTTP (default: nowhere)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -158,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             expect_digest=arguments.expect_digest,
             wait_s=arguments.wait,
             limit_mbps=arguments.limit_mbps,
+            health_port=arguments.health_port,
         )
         return run_to_exit_code("swarm_worker join", lambda: asyncio.run(hold_stage(given)))
     if arguments.command == "doctor":
@@ -174,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out=arguments.out,
         model=arguments.model,
         wait_s=arguments.wait,
+        health_port=arguments.health_port,
     )
     code = run_to_exit_code("swarm_worker sample", lambda: asyncio.run(serve_rollouts(wanted)))
     logging.shutdown()

@@ -18,6 +18,7 @@ from swarm_core.models.architecture import fingerprint, read_shape, resolve
 from swarm_core.run_folder import CHECKPOINTS, JOURNAL_FILE, RECORD_FILE, make_folder
 from swarm_core.wire.errors import Refused
 from swarm_core.wire.frames import Frame, Header
+from swarm_core.wire.health import Health
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
     BasisSet,
@@ -45,6 +46,7 @@ from swarm_worker.sampler.replay import ReplayWriter, cut_record
 from swarm_worker.service import StageService
 from swarm_worker.shard import Shard, ShardError, ShardWriter, read_shard, shard_name
 from swarm_worker.stage_zero import StageZero
+from swarm_worker.vitals import watch_member, watch_stage
 from swarm_worker.worker import StageWorker
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class StageArguments:
     expect_digest: str = ""
     wait_s: float = 60.0
     limit_mbps: str | None = None
+    health_port: int | None = None
 
 
 async def hold_stage(arguments: StageArguments, *, signals: bool = True) -> None:
@@ -87,6 +90,7 @@ class StageProcess:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self.service = StageService(arguments.stage, self.ledger, self._serve_above, self._take_rollouts)
         self.limits = self.service.server.limits = read_limits(arguments.limit_mbps)
+        self.health = Health()
 
     async def run(self) -> None:
         """Join, work until the run ends, leave. Raises typed errors with one readable line."""
@@ -95,16 +99,19 @@ class StageProcess:
         try:
             make_folder(a.out)
             address = await self.service.server.start(a.listen)
+            await self.health.start(a.health_port, a.listen)
             hello = Hello(role="stage", stage=a.stage, address=a.advertise or dialable(address))
             hello.manifest_digest = a.expect_digest
             membership = await join(a.anchor, "Anchor/Attend", hello, self.ledger, a.wait_s, f"anchor-stage{a.stage}")
             membership.anchor.pace(self.limits)
+            watch_member(self.health, membership.way.pulse)
             compute = await self._load(membership)
             start = await await_start(membership, lambda m: compute.add_bases(m.version, self._bases(membership, m)))
             if start is None:
                 return
             below = await self._dial_below(membership, start)
             self.worker = await self._assemble(membership, compute, start, below)
+            watch_stage(self.health, self.worker)
             if self._signals:
                 self._on_signals(self.worker)
             if below is not None:
@@ -120,6 +127,7 @@ class StageProcess:
                 if stream is not None:
                     await stream.close()
             await self.service.server.stop()
+            await self.health.stop()
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _bases(self, membership: Membership, message: BasisSet) -> dict[tuple[int, Direction], Basis]:

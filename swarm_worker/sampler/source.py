@@ -43,6 +43,7 @@ class SamplerArguments:
     out: Path = Path("runs/sampler")
     model: str | None = None
     wait_s: float = 60.0
+    health_port: int | None = None
 
 
 class Source:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,6 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from swarm_core.exits import run_to_exit_code
 
+    if arguments.command in ("join", "sample"):
+        # Until it is at work there is no tick to end: SIGTERM is Ctrl-C, which closes streams, and says so.
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if arguments.command == "local":
         from swarm_worker.local import run_local
 

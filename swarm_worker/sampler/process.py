@@ -87,11 +87,11 @@ class SamplerProcess:
         make_folder(a.out)
         await self.health.start(a.health_port, a.anchor)
         try:
-            await self._serve()
+            await self._sample()
         finally:
             await self.health.stop()
 
-    async def _serve(self) -> None:
+    async def _sample(self) -> None:
         a = self.arguments
         hello = Hello(role="sampler")
         identity = await enter(a.entry, a.anchor, None, a.out, "sampler", None, a.wait_s)

@@ -19,7 +19,7 @@ from anchor_node.rounds import Line, Phase, Rounds
 from anchor_node.samplers import EVALUATION, Samplers
 from anchor_node.slow_loop import SlowLoop
 from swarm_core.manifest import Manifest
-from swarm_core.wire.errors import BadFrame, PeerLost, Refused
+from swarm_core.wire.errors import BadFrame, PeerLost, Refused, StaleEpoch
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
@@ -165,7 +165,7 @@ class AnchorService:
             return
         member.away = True
         self.rounds.gone(member.stage)
-        if self._failure or why != AWAY:
+        if self._failure or why != AWAY and member.at_work:  # who only wanted to take a place may be refused
             self.fail(PeerLost(self._failure or f"stage {member.stage} at {member.address} {why} at tick {self.tick}"))
         else:
             log.warning("the stream to stage %d broke at tick %d", member.stage, self.tick)
@@ -237,9 +237,13 @@ class AnchorService:
                 if fence.epoch == self.rounds.epoch and self.rounds.phase is Phase.WORKING and self.owed is None:
                     self.fence(fence.reason)
             case FrameKind.HELD:
-                line = self.rounds.take(member.stage, from_bytes(Held, frame.payload))
-                if line is not None:
-                    self._start_again(line)
+                try:
+                    line = self.rounds.take(member.stage, from_bytes(Held, frame.payload))
+                except StaleEpoch as error:  # said again, and no more of use
+                    log.info("%s", error)
+                else:
+                    if line is not None:
+                        self._start_again(line)
             case FrameKind.REPORT:
                 report = from_bytes(Report, frame.payload)
                 self._newest = max(self._newest, report.tick)
@@ -329,6 +333,8 @@ class AnchorService:
             self.slow.post_corrections(stage)
         self.samplers.start_again()
         self.samplers.start()
+        if self._draining and 0 in self.stages:  # stage 0 may be another process than the one that was asked
+            self.post(self.stages[0], FrameKind.STOP, Stop("the anchor was asked to end the run"))
         what = f"epoch {line.epoch} begins at tick {tick}" + (f"; {lost} ticks are lost" if lost > 0 else "")
         self.event("start", what, {"epoch": line.epoch, "lost_ticks": max(0, lost)})
 

@@ -153,7 +153,7 @@ class Epochs:
         for record in left:
             attempt.keep(record)
         for rollouts in built.rollouts:
-            self._redo.append(Record(Kind.ROLLOUTS, to_bytes(rollouts)))
+            self._redo.append(Record(Kind.ROLLOUTS, to_bytes(rollouts), microbatch=rollouts.batch))
         self._take_newest_bases(built.compute)
         self._redo.sync()
         nearest, digest = self._redo.bases(version)[0]

@@ -109,8 +109,9 @@ class StageWorker:
         self._round_active = False
         self._finished = False  # the last decision has been applied
         self.slow = SlowCircuit(self.anchor, work, self.run_id, self.manifest.vocab)
-        # The newest version that every stage has voted to hold; before the first vote our own, as START follows BASIS.
-        self._basis_held = compute.newest_basis
+        # The newest version that every stage has voted to hold; before the first vote the one that was in use: a newer one
+        # may be on its way to some, and whoever begins again holds the newest beside what its log says.
+        self._basis_held = zero.lead.state.basis_version if zero is not None else 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.progress_at = time.monotonic()
 
@@ -153,6 +154,7 @@ class StageWorker:
                 log.warning("stage %d leaves before the anchor has booked its last report", self.span.stage)
             return reason
         finally:
+            self.over.cancel()  # from now on nobody asks what breaks
             for task in self._tasks:
                 task.cancel()
 
@@ -179,7 +181,8 @@ class StageWorker:
             if not self._finished:
                 self.fail(error)
             raise
-        self._link_closed(self.span.stage - 1)
+        finally:  # also where the call is cancelled before its end is read, as gRPC does when the peer is gone
+            self._link_closed(self.span.stage - 1)
 
     async def _read_below(self, stream: FrameStream) -> None:
         try:
@@ -278,7 +281,7 @@ class StageWorker:
                 self.zero.take_rollouts(read_rollouts(message, self.manifest.vocab))
             except LearningError as error:
                 raise BadFrame(str(error)) from None
-            self.work.deliver(_nothing, Record(Kind.ROLLOUTS, to_bytes(message)))
+            self.work.deliver(_nothing, Record(Kind.ROLLOUTS, to_bytes(message), microbatch=message.batch))
         self._advance()
 
     # The schedule ------------------------------------------------------------------------------------------------------

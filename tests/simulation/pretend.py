@@ -169,7 +169,7 @@ class PretendCompute:
 
     def _content(self, stamp: Stamp, place: str) -> str:
         batch = self.batches[stamp.batch]
-        return chain(place, batch.targets_M.tolist(), batch.advantages)
+        return chain(place, batch.targets_M.tolist())
 
     # The work of a round -----------------------------------------------------------------------------------------------
 

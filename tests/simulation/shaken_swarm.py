@@ -162,7 +162,7 @@ class ShakenSwarm:
         self.stages: dict[int, tuple[Process, StageProcess]] = {}
         self.anchor: tuple[Process, AnchorService] | None = None
         self.reason = ""
-        self.stormy = True
+        self.begun, self.stormy = False, True
         self._pretend(monkey)
 
     # What is pretended ---------------------------------------------------------------------------------------------------
@@ -202,8 +202,8 @@ class ShakenSwarm:
 
     def _linked(self, process: StageProcess, stream: Stream) -> None:
         assert stream.hello is not None
-        if stream.hello.epoch != process._epoch:
-            self.judge.object(f"a link of epoch {stream.hello.epoch} is taken in epoch {process._epoch}")
+        if stream.hello.epoch != process._turns.epoch:
+            self.judge.object(f"a link of epoch {stream.hello.epoch} is taken in epoch {process._turns.epoch}")
 
     def _starts_again(self, service: AnchorService, line: Line) -> None:
         self.judge.note("epochs")
@@ -235,7 +235,7 @@ class ShakenSwarm:
 
     def _may_die(self, where: str) -> None:
         process = CURRENT.get()
-        if process is None or not self.stormy or self.rng.random() >= self.plan.failpoint:
+        if process is None or not (self.begun and self.stormy) or self.rng.random() >= self.plan.failpoint:
             return
         if process.name == "anchor" and self._may_lose_anchor():
             self.judge.note("the anchor died")
@@ -252,13 +252,19 @@ class ShakenSwarm:
         process = self.stages[stage][0]
         return process.alive and (self._at_work(stage) or self.anchor is not None and self.anchor[0].alive)
 
+    def _begun(self) -> bool:
+        """Whether every stage has its log. Who dies in the very first start, before anything was trained, leaves nothing."""
+        folder = self.out / "redo"
+        return folder.is_dir() and len(list(folder.glob("*/tick-00000000.log"))) == self.plan.stages
+
     def _may_lose_anchor(self) -> bool:
         return self.anchor is not None and self.anchor[0].alive and (
             recall(self.out, self.manifest.digest()) is None or self._at_work()
         )
 
     def _at_work(self, besides: int = -1) -> bool:
-        return any(p.alive and s.worker is not None for i, (p, s) in self.stages.items() if i != besides)
+        others = (shell for i, (p, shell) in self.stages.items() if i != besides and p.alive)
+        return any(hasattr(shell, "epochs") and shell.epochs._worked for shell in others)
 
     def _kill(self, process: Process, silent: bool = False) -> None:
         process.kill()
@@ -327,6 +333,8 @@ class ShakenSwarm:
         """New bases now and then, which change what packets mean."""
         while True:
             await asyncio.sleep(self.rng.uniform(2.0, 8.0))
+            if not self.begun:
+                continue
             keeper: Any = service.slow.keeper
             keeper.current = BasisSet(keeper.version + 1, service.tick)
             service.slow._send_bases(keeper)
@@ -366,6 +374,10 @@ class ShakenSwarm:
     async def _storm(self) -> None:
         until = self.loop.now + self.plan.storm_s
         hosts = [f"host {i}" for i in range(self.plan.stages)] + ["host anchor"]
+        weather, self.wan.weather = self.wan.weather, replace(self.wan.weather, loss=0.0)
+        while not self._begun():
+            await asyncio.sleep(0.1)
+        self.wan.weather, self.begun = weather, True
         while self.loop.now < until and not self.reason:
             await asyncio.sleep(self.rng.expovariate(self.plan.rate) if self.plan.rate else self.plan.storm_s)
             if self.loop.now >= until or not self.plan.rate:
@@ -421,7 +433,7 @@ class ShakenSwarm:
         return [process for process, _ in self.stages.values()] + ([self.anchor[0]] if self.anchor else [])
 
     def _standstill(self) -> str:
-        said = [f"{i}: epoch {s._epoch}, {'at work' if s.worker else 'waiting'}" for i, (_, s) in sorted(self.stages.items())]
+        said = [f"{i}: epoch {s._turns.epoch}, {'at work' if s.worker else 'waiting'}" for i, (_, s) in sorted(self.stages.items())]
         rounds = self.anchor[1].rounds if self.anchor else None
         return f"stages {said}; anchor {rounds and (rounds.epoch, rounds.phase.value, rounds.missing())}"
 

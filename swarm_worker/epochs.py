@@ -16,7 +16,7 @@ import torch
 from swarm_core.errors import UserError
 from swarm_core.models.architecture import fingerprint, read_shape, resolve
 from swarm_core.run_folder import CHECKPOINTS, JOURNAL_FILE, RECORD_FILE, checkpoint_name
-from swarm_core.wire.messages import Decide, Held, Ready, Report, Saved, Start, to_bytes
+from swarm_core.wire.messages import Decide, Held, Ready, Report, Saved, Start, from_bytes, to_bytes
 from swarm_worker.compute import StageCompute
 from swarm_worker.compute_thread import ComputeThread
 from swarm_worker.device import pick_device
@@ -141,6 +141,8 @@ class Epochs:
         attempt = Rebuilding(compute or self._fresh(), shard, start.epoch)
         attempt.replay(self._redo.records(base, version))
         voted, built = self._redo.voted, attempt.done
+        if self._stage == 0 and start.reported_tick < base:  # the anchor may have been away for longer than a checkpoint
+            built.rows = [from_bytes(Report, r.row) for r in self._redo.records(0, version) if r.row]
         left = self._redo.cut(version)
         if built.position.tick < start.tick and voted is not None:  # it has voted, and hears the decision only now
             self._redo.append(Record(Kind.DECIDED, stamp=voted, decide=start.decide))

@@ -75,17 +75,20 @@ class Judge:
         """Stage 0 tells others."""
         if decide.outcome != Outcome.HOLD:
             after = Position().after(stamp, decide)
-            if self.published is not None and self.published != (stamp.tick, stamp.lineage):
-                self.object(f"tick {stamp.tick} is told beside {self.published}")
+            if not self._contains_published((stamp.tick, stamp.lineage)):
+                self.object(f"tick {stamp.tick} is told beside tick {self.published}")
             self.published = after.tick, after.lineage
 
     def starts(self, epoch: int, version: Version) -> None:
         """The anchor names where an epoch begins."""
+        if self.published is not None and not self._contains_published(version):
+            self.object(f"epoch {epoch} begins at tick {version[0]}, and tick {self.published[0] - 1} is lost, though it was told")
+
+    def _contains_published(self, version: Version) -> bool:
         at: Version | None = version
-        while at is not None and self.published is not None and at != self.published:
+        while at is not None and at != self.published:
             at = self.parents.get(at)
-        if self.published is not None and at is None:
-            self.object(f"epoch {epoch} begins at tick {version[0]}, and tick {self.published[0]} is lost, though others heard of it")
+        return self.published is None or at is not None
 
     def works(self, stage: int, epoch: int, who: object) -> None:
         if self.worked.setdefault((stage, epoch), who) is not who:

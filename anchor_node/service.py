@@ -237,13 +237,7 @@ class AnchorService:
                 if fence.epoch == self.rounds.epoch and self.rounds.phase is Phase.WORKING and self.owed is None:
                     self.fence(fence.reason)
             case FrameKind.HELD:
-                try:
-                    line = self.rounds.take(member.stage, from_bytes(Held, frame.payload))
-                except StaleEpoch as error:  # said again, and no more of use
-                    log.info("%s", error)
-                else:
-                    if line is not None:
-                        self._start_again(line)
+                self._take_held(member, from_bytes(Held, frame.payload))
             case FrameKind.REPORT:
                 report = from_bytes(Report, frame.payload)
                 self._newest = max(self._newest, report.tick)
@@ -291,10 +285,23 @@ class AnchorService:
 
     def _rejoined(self, member: Member, box: Outbox) -> None:
         """A stage of a run at work is there again: the same process, or one that takes the place of a lost one."""
-        if self.rounds.phase is Phase.FENCED:
+        if self.over.done():
+            self.post(box, FrameKind.STOP, Stop(self._reason, now=True))
+        elif self.rounds.phase is Phase.FENCED:
             self._post_fence(box)
         elif not member.fit:
             self.fence(f"stage {member.stage} at {member.address} begins anew")
+
+    def _take_held(self, member: Member, held: Held) -> None:
+        if self.over.done():
+            return
+        try:
+            line = self.rounds.take(member.stage, held)
+        except StaleEpoch as error:  # said again, and of no more use
+            log.info("%s", error)
+            return
+        if line is not None:
+            self._start_again(line)
 
     def fence(self, reason: str) -> None:
         """End the epoch. The next one is on disk before anybody hears of it."""
@@ -312,7 +319,7 @@ class AnchorService:
         """Every stage has said what it holds: the next epoch begins at the newest version of all."""
         self._line, (tick, _) = line, line.version
         lost = self.tick - tick
-        reported, self.owed = min(self.tick, tick), None
+        reported, self.owed = min(self.books.ticks(), tick), None
         if lost > 0:
             self.books.cut(tick)
             set_later_aside(self.out, tick)

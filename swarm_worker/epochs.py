@@ -93,6 +93,11 @@ class Epochs:
             held.pending = undecided(redo.voted)
         return held
 
+    def take_rows(self) -> list[Report]:
+        """Rows that are to be reported, once, however many epochs were cut off before."""
+        rows, self.rows = self.rows, []
+        return rows
+
     # Where an epoch begins ---------------------------------------------------------------------------------------------
 
     async def set_up(self, start: Start) -> tuple[ComputeThread, StageZero | None]:
@@ -101,8 +106,8 @@ class Epochs:
         built = await asyncio.get_running_loop().run_in_executor(self._thread, on_thread, start)
         compute = self._compute = built.compute
         compute.publish(built.position.tick)
-        # A process that was here before has them in its reports, which are kept until they are in the books.
-        self.rows = [] if self._worked else [row for row in built.rows if row.tick >= start.reported_tick]
+        if not self._worked:  # else they are in its reports, which are kept until they are in the books
+            self.rows = [row for row in built.rows if row.tick >= start.reported_tick]
         self._worked = True
         keep = self._manifest.config.checkpoint.keep
         shards = ShardWriter(self._out, self._stage, self._manifest.stages, self._membership.digest, self.saved, keep)

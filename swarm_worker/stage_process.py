@@ -170,7 +170,7 @@ class StageProcess:
             self.worker = worker = StageWorker(membership, link, work, self.service, below, zero)
             if zero is not None and self._stop is not None:
                 zero.lead.stop_requested = True
-            for report in self.epochs.rows:
+            for report in self.epochs.take_rows():
                 link.post_report(report)
             if self.epochs.saved is not None:
                 message = Frame(

@@ -83,6 +83,7 @@ class Judge:
         """The anchor names where an epoch begins."""
         if self.published is not None and not self._contains_published(version):
             self.object(f"epoch {epoch} begins at tick {version[0]}, and tick {self.published[0] - 1} is lost, though it was told")
+        self.published = version  # which everybody is told
 
     def _contains_published(self, version: Version) -> bool:
         at: Version | None = version

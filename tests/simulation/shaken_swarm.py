@@ -328,10 +328,9 @@ class ShakenSwarm:
         service.slow.keeper_at_start = service.slow.keeper
         service.open()
         refreshing = asyncio.create_task(self._refresh(service))
-        reason = await service.over
-        await service.close()
+        self.reason = await service.over
         refreshing.cancel()
-        self.reason = reason
+        await service.close()
 
     async def _refresh(self, service: AnchorService) -> None:
         """New bases now and then, which change what packets mean."""

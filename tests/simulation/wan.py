@@ -50,6 +50,7 @@ class End:
         self.wan, self.process = wan, process
         self.peer: End
         self.inbox: deque[Frame | None | WireError] = deque()
+        self.frozen: list[Frame | None | WireError] = []  # arrived at a process that stands still
         self.waiter: asyncio.Future[None] | None = None
         self.error: WireError | None = None  # known to this end
         self.cut = False  # nothing gets through any more, known or not
@@ -85,10 +86,15 @@ class End:
         """Something arrives here."""
         if self.cut or self.error is not None or not self.process.alive:
             return
+        self.frozen.append(item)
+        self._thaw()
+
+    def _thaw(self) -> None:
         if self.process.frozen_until > self.wan.loop.now:
-            self.wan.loop.call_at(self.process.frozen_until, self.take, item)
+            self.wan.loop.call_at(self.process.frozen_until + 1e-6, self._thaw)
             return
-        self.inbox.append(item)
+        self.inbox.extend(self.frozen)
+        self.frozen.clear()
         self._wake()
 
     def hears(self, error: WireError) -> None:

@@ -15,6 +15,11 @@ EXAMPLES = """examples:
       serve a run; it starts as soon as every stage has joined
   anchor_node serve --config run.toml --listen 0.0.0.0:7400 --out runs/demo --resume
       continue it from the newest checkpoint
+  anchor_node token create --out runs/demo --role stage --stage 2
+      admit one machine as stage 2: prints a token, good once and for an hour
+  anchor_node token create --out runs/demo --role sampler --ttl 10m
+  anchor_node token list --out runs/demo
+  anchor_node token revoke --out runs/demo 3f9c
   anchor_node serve --config run.toml --dry-run
       check the run file, model, data, reward and tokenizer, and print the plan: stages, bytes a tick, memory
   anchor_node export runs/demo --to exported
@@ -52,6 +57,22 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--resume-from", default="", metavar="NAME", help="continue from that checkpoint; later ones are set aside"
     )
+    how = serve.add_mutually_exclusive_group()
+    how.add_argument("--tls", action="store_true", help="TLS and admission by token on loopback, too; elsewhere always")
+    how.add_argument(
+        "--insecure", action="store_true", help="neither, which is the default on loopback; refused elsewhere"
+    )
+    how.add_argument(
+        "--trusted-network",
+        action="store_true",
+        help="neither, anywhere: whoever reaches the port can take over the run",
+    )
+    serve.add_argument(
+        "--certificate-life",
+        default="24h",
+        metavar="TIME",
+        help="of each certificate, renewed at 2/3 (default %(default)s)",
+    )
     serve.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     serve.add_argument("--log", type=Path, metavar="FILE", help="write the log there instead of to stderr")
 
@@ -65,17 +86,38 @@ def parser() -> argparse.ArgumentParser:
         "report", help="write a run's report.html again", epilog=EXAMPLES, formatter_class=top.formatter_class
     )
     report.add_argument("run", type=Path, metavar="DIR", help="a run folder")
+    _token(commands.add_parser("token", help="admit machines", epilog=EXAMPLES, formatter_class=top.formatter_class))
     return top
+
+
+def _token(token: argparse.ArgumentParser) -> None:
+    verbs = token.add_subparsers(dest="verb", required=True, metavar="VERB")
+    shown = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    create = verbs.add_parser("create", help="print a token that admits one machine", **shown)
+    create.add_argument("--role", choices=("stage", "sampler"), required=True, help="what the machine is to be")
+    create.add_argument("--stage", type=int, metavar="I", help="which stage, counted from 0")
+    create.add_argument("--ttl", metavar="TIME", help="how long it is good: 30s, 10m, at most (and by default) 1h")
+    known = verbs.add_parser("list", help="all tokens and what became of them", **shown)
+    revoke = verbs.add_parser("revoke", help="make a token useless that nobody has used", **shown)
+    revoke.add_argument("token", metavar="ID", help="as list shows it, or its beginning")
+    for verb in (create, known, revoke):
+        verb.add_argument(
+            "--out", type=Path, default=Path("runs/run"), metavar="DIR", help="the run folder (default %(default)s)"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 2 refused input, 1 something broke, 130 interrupted."""
     arguments = parser().parse_args(argv)
-    from swarm_core.exits import run_to_exit_code
+    from swarm_core.exits import quiet_grpc, run_to_exit_code
+
+    quiet_grpc()
 
     name = f"anchor_node {arguments.command}"
     if arguments.command == "serve":
         return run_to_exit_code(name, lambda: _serve(arguments))
+    if arguments.command == "token":
+        return run_to_exit_code(f"{name} {arguments.verb}", lambda: _on_token(arguments))
     if arguments.command == "export":
         from anchor_node.export import export_run
 
@@ -93,14 +135,30 @@ def _serve(arguments: argparse.Namespace) -> int:
         print_plan(config)
         return 0
     _log_to(arguments.log)
+    from anchor_node.admission import Admission, read_certificate_life
     from anchor_node.serve import ServeArguments, serve
 
+    life_s = read_certificate_life(arguments.certificate_life)
+    admission = Admission(arguments.tls, arguments.insecure, arguments.trusted_network, life_s)
     given = ServeArguments(
-        config, arguments.config, arguments.listen, arguments.out, arguments.resume, arguments.resume_from
+        config, arguments.config, arguments.listen, arguments.out, arguments.resume, arguments.resume_from, admission
     )
     reason = asyncio.run(serve(given))
     print(f"The run is over: {reason}.")
     return _report(arguments.out)
+
+
+def _on_token(arguments: argparse.Namespace) -> None:
+    from anchor_node.admission import create_token, list_tokens, revoke_token
+    from swarm_core.run_folder import make_folder
+
+    match arguments.verb:
+        case "create":
+            create_token(make_folder(arguments.out), arguments.role, arguments.stage, arguments.ttl)
+        case "list":
+            list_tokens(arguments.out)
+        case "revoke":
+            revoke_token(arguments.out, arguments.token)
 
 
 def _log_to(file: Path | None) -> None:

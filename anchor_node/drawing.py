@@ -18,7 +18,6 @@ from anchor_node.record import RunRecord, byte_text, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +155,9 @@ def draw(plan: Plan, record: RunRecord) -> Drawing:
 
 def _render(plan: Plan, record: RunRecord, narrow: bool) -> str:
     import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = 1 if narrow else min(3 if plan.panels == 3 else 2, plan.panels)
     lines = -(-plan.panels // columns)
@@ -173,12 +174,15 @@ def _render(plan: Plan, record: RunRecord, narrow: bool) -> str:
     }  # fmt: skip
     with matplotlib.rc_context(style):
         size = ((NARROW_PX if narrow else WIDE_PX) / 72, panel_px * lines / 72)  # SVG user units are 1/72 inch
-        figure: Figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size, dpi=72)
+        FigureCanvasSVG(figure)  # text is measured as it will be drawn
         axes = [figure.add_subplot(lines, columns, place + 1) for place in range(plan.panels)]
         if not plan.draw(axes, record):
             return ""
         for ax in axes:
             _finish(ax, narrow, columns)
+        # A figure that carried its layout would be drawn twice by savefig.
+        ConstrainedLayoutEngine().execute(figure)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     kind = "narrow" if narrow else "wide"

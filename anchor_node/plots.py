@@ -42,9 +42,13 @@ if TYPE_CHECKING:
 
 
 def draw_all(record: RunRecord) -> list[Drawing]:
-    """All figures of a run, in reading order. One that has no data, or fails, says so instead of ending the report;
-    those about links, refreshes and corrections are left out where nothing was measured."""
-    plans = (
+    """All figures of a run, in reading order. One that has no data, or fails, says so instead of ending the report."""
+    return [draw(plan, record) for plan in plans(record)]
+
+
+def plans(record: RunRecord) -> tuple[Plan, ...]:
+    """What is drawn, in reading order; figures about links, refreshes and corrections only where they were measured."""
+    return (
         Plan(
             "reward",
             "Reward and validation",
@@ -100,7 +104,6 @@ def draw_all(record: RunRecord) -> list[Drawing]:
             panels=2,
         ),
     )
-    return [draw(plan, record) for plan in plans]
 
 
 def _skipped(row: dict[str, Any]) -> bool:

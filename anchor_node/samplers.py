@@ -74,14 +74,14 @@ class Samplers:
         for number in sorted(self._unstarted):
             anchor.memory.enter(number, "sampler")
             anchor.slow.post_bases(self.boxes[number])
-            anchor.post(self.boxes[number], FrameKind.START, anchor.start_message())
+            anchor.post(self.boxes[number], FrameKind.START, anchor.epochs.start_message())
         self._unstarted.clear()
 
     def start_again(self) -> None:
         """Another epoch begins: those at work link up with its stages."""
         for number, box in self.boxes.items():
             if number not in self._unstarted:
-                self._anchor.post(box, FrameKind.START, self._anchor.start_message())
+                self._anchor.post(box, FrameKind.START, self._anchor.epochs.start_message())
 
     def carry_on(self) -> None:
         """This anchor has taken over the run: those who were at work are expected back."""

@@ -11,11 +11,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
+from anchor_node.admission import Admission, secure
 from anchor_node.books import Books
 from anchor_node.calibrator import BasisKeeper, calibration_samples, directions, first_bases
 from anchor_node.checkpoints import Checkpoint, CheckpointError, found, load_bases, resumable
@@ -54,6 +55,7 @@ class ServeArguments:
     out: Path
     resume: bool
     resume_from: str = ""  # the checkpoint to go back to, where it is not the newest
+    admission: Admission = field(default_factory=Admission)
 
 
 def prepare(config: RunConfig) -> tuple[Manifest, Path]:
@@ -77,11 +79,14 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
         load_rows(config.data.validation)
     screen = _table(config, manifest, memory.tick if memory else resume.tick if resume else 0)
     service = AnchorService(manifest, screen, out, resume, Ledger(), memory)
-    # The socket before anything is written: a port in use must not leave a trace in the folder.
+    # The socket before anything of the run is written: a port in use must not leave a trace in the folder.
+    renewals = secure(service.server, arguments.listen, out, arguments.admission)
     address = await service.server.start(arguments.listen)
     service.address = dialable_here(address)
     with contextlib.ExitStack() as stack:
         try:
+            if renewals is not None:
+                stack.callback(renewals.cancel)
             stack.enter_context(_alone(out))
             if resume is None and memory is None:
                 _refuse_used(out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,13 +12,13 @@ from typing import Any, Protocol
 from anchor_node.absences import GRACE_S, Absences
 from anchor_node.books import Books
 from anchor_node.checkpoints import Checkpoint, CheckpointError, complete, found, set_later_aside
+from anchor_node.epochs import Epochs
 from anchor_node.memory import Memory
 from anchor_node.roster import Member, Roster
-from anchor_node.rounds import Line, Phase, Rounds
 from anchor_node.samplers import EVALUATION, Samplers
 from anchor_node.slow_loop import SlowLoop
 from swarm_core.manifest import Manifest
-from swarm_core.wire.errors import BadFrame, PeerLost, Refused, StaleEpoch
+from swarm_core.wire.errors import BadFrame, PeerLost, Refused
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
@@ -31,7 +30,6 @@ from swarm_core.wire.messages import (
     Ready,
     Report,
     Saved,
-    Start,
     Stop,
     Welcome,
     from_bytes,
@@ -80,9 +78,7 @@ class AnchorService:
         self.memory = memory or Memory()
         self.roster = Roster(manifest.stages, self.digest, manifest.model_fingerprint, known)
         self.roster.epoch = self.memory.epoch
-        self.rounds = Rounds(manifest.stages, self.memory.epoch, self.memory.start_id)
-        self._line: Line | None = None  # where this epoch begins; None: from the model or a checkpoint
-        self._fenced_for = ""
+        self.epochs = Epochs(self)
         self.screen, self.out, self.resume, self.ledger = screen, out, resume, ledger
         self.address = "HOST:PORT"  # where a sampler on this machine dials in
         self.tick = max(resume.tick if resume else 0, self.memory.tick)
@@ -114,6 +110,7 @@ class AnchorService:
 
     async def _attend(self, stream: FrameStream) -> None:
         hello = from_bytes(Hello, (await stream.expect(FrameKind.HELLO)).payload)
+        stream.must_be_stage(hello.stage)
         await self._open.wait()
         lost = self.roster.members.get(hello.stage)
         member = self.roster.join(hello)
@@ -129,7 +126,7 @@ class AnchorService:
             if hello.at_work:
                 self.back(hello, box)
             if hello.at_work and self.roster.started:
-                self._rejoined(member, box)
+                self.epochs.rejoined(member, box)
             why = AWAY
             try:
                 while (frame := await stream.receive()) is not None:
@@ -164,7 +161,7 @@ class AnchorService:
             self.roster.leave(member)
             return
         member.away = True
-        self.rounds.gone(member.stage)
+        self.epochs.rounds.gone(member.stage)
         if self._failure or why != AWAY and member.at_work:  # who only wanted to take a place may be refused
             self.fail(PeerLost(self._failure or f"stage {member.stage} at {member.address} {why} at tick {self.tick}"))
         else:
@@ -192,18 +189,24 @@ class AnchorService:
         if stage is not None:
             self.slow.post_corrections(stage)
         if self.over.done():
-            self.post(box, FrameKind.STOP, Stop(self._reason, now=True))
-        elif self._draining and stage == 0:
-            self.post(box, FrameKind.STOP, Stop("the anchor was asked to end the run"))
+            self.tell_end(box)
+        elif stage == 0:
+            self.drain_again()
+
+    def tell_end(self, box: Outbox) -> None:
+        """Send home who comes when the run is over."""
+        self.post(box, FrameKind.STOP, Stop(self._reason, now=True))
+
+    def drain_again(self) -> None:
+        """Stage 0 may be on a new stream, or another process than the one that was asked to end the run."""
+        if self._draining and 0 in self.stages:
+            self.post(self.stages[0], FrameKind.STOP, Stop("the anchor was asked to end the run"))
 
     def _carry_on(self) -> None:
         """All stages of a run that another anchor started are there: nobody needs another epoch, or one begins."""
         self.event("carries_on", f"{self.manifest.stages} stages at work, at tick {self.tick}")
         self.samplers.carry_on()
-        if self.roster.unbroken:
-            self.rounds.work()
-        else:
-            self.fence("the anchor is back, and not every stage is where it was")
+        self.epochs.carry_on()
         if self.memory.finished and self.owed is None:
             self._finish(self.memory.finished)
 
@@ -227,17 +230,16 @@ class AnchorService:
                 size = f"{ready.parameters / 1e6:.2f} M parameters, {ready.parameter_bytes / 1e6:.1f} MB"
                 self.event("ready", f"stage {member.stage} ({size}); stages still to come: {missing}")
                 if self.roster.started:
-                    self._rejoined(member, box)
+                    self.epochs.rejoined(member, box)
                 elif complete and self.roster.taken_over():
                     self._carry_on()
                 elif complete:
                     self._start()
             case FrameKind.FENCE:
                 fence = from_bytes(Fence, frame.payload)
-                if fence.epoch == self.rounds.epoch and self.rounds.phase is Phase.WORKING and self.owed is None:
-                    self.fence(fence.reason)
+                self.epochs.asked(fence)
             case FrameKind.HELD:
-                self._take_held(member, from_bytes(Held, frame.payload))
+                self.epochs.take(member.stage, from_bytes(Held, frame.payload))
             case FrameKind.REPORT:
                 report = from_bytes(Report, frame.payload)
                 self._newest = max(self._newest, report.tick)
@@ -260,100 +262,23 @@ class AnchorService:
         if self.roster.known is not None and self.resume is None:
             self.fail(CheckpointError("all stages come anew, but there is no complete checkpoint to begin from"))
             return
-        self._failure, self._line = "", None
-        self.rounds = Rounds(self.manifest.stages, 1, secrets.randbits(64))
-        self.roster.epoch = 1
-        self.roster.start()
-        self.rounds.work()
+        self._failure = ""
+        self.epochs.begin()
         self.tick, self._complete = 0, set()
         if self.resume is not None:
             self.tick, self._complete = self.resume.tick, {self.resume.name}
             self.books.cut(self.resume.tick)
             set_later_aside(self.out, self.resume.tick)
         self.slow.begin()
-        self.memory.begin(self.digest, self.rounds.start_id, self.tick, self.books.started)
+        self.memory.begin(self.digest, self.epochs.rounds.start_id, self.tick, self.books.started)
         for member in self.roster.members.values():
             self.memory.enter(member.number, f"stage {member.stage}")
         for stage, box in self.stages.items():
             self.slow.post_bases(box, stage)
-            self.post(box, FrameKind.START, self.start_message())
+            self.post(box, FrameKind.START, self.epochs.start_message())
             self.slow.post_corrections(stage)
         self.samplers.start()
         self.event("start", f"{self.manifest.stages} stages, at tick {self.tick}")
-
-    # Epochs ------------------------------------------------------------------------------------------------------------
-
-    def _rejoined(self, member: Member, box: Outbox) -> None:
-        """A stage of a run at work is there again: the same process, or one that takes the place of a lost one."""
-        if self.over.done():
-            self.post(box, FrameKind.STOP, Stop(self._reason, now=True))
-        elif self.rounds.phase is Phase.FENCED:
-            self._post_fence(box)
-        elif not member.fit:
-            self.fence(f"stage {member.stage} at {member.address} begins anew")
-
-    def _take_held(self, member: Member, held: Held) -> None:
-        if self.over.done():
-            return
-        try:
-            line = self.rounds.take(member.stage, held)
-        except StaleEpoch as error:  # said again, and of no more use
-            log.info("%s", error)
-            return
-        if line is not None:
-            self._start_again(line)
-
-    def fence(self, reason: str) -> None:
-        """End the epoch. The next one is on disk before anybody hears of it."""
-        self.memory.epoch = self.roster.epoch = self.rounds.fence()
-        self._fenced_for = reason
-        self.event("fence", f"epoch {self.roster.epoch - 1} ends at tick {self.tick}: {reason}")
-        self.memory.save(self.out, sync=True)
-        for box in self.stages.values():
-            self._post_fence(box)
-
-    def _post_fence(self, box: Outbox) -> None:
-        self.post(box, FrameKind.FENCE, Fence(self.roster.epoch, self._fenced_for))
-
-    def _start_again(self, line: Line) -> None:
-        """Every stage has said what it holds: the next epoch begins at the newest version of all."""
-        self._line, (tick, _) = line, line.version
-        lost = self.tick - tick
-        reported, self.owed = min(self.books.ticks(), tick), None
-        if lost > 0:
-            self.books.cut(tick)
-            set_later_aside(self.out, tick)
-            if self.slow.corrector is not None:
-                self.slow.corrector.take_up(tick)
-        self.tick = self.memory.tick = tick
-        known = set(self.memory.roles)
-        for member in self.roster.members.values():
-            self.memory.enter(member.number, f"stage {member.stage}")
-        for number in known - {str(m.number) for m in self.roster.members.values()}:
-            if self.memory.roles[number].startswith("stage"):
-                self.memory.leave(int(number))
-        self.roster.start()
-        self.books.mark()
-        for stage, box in self.stages.items():
-            self.slow.post_bases_to_newcomer(box, stage)
-            self.post(box, FrameKind.START, self.start_message(reported))
-            self.slow.post_corrections(stage)
-        self.samplers.start_again()
-        self.samplers.start()
-        if self._draining and 0 in self.stages:  # stage 0 may be another process than the one that was asked
-            self.post(self.stages[0], FrameKind.STOP, Stop("the anchor was asked to end the run"))
-        what = f"epoch {line.epoch} begins at tick {tick}" + (f"; {lost} ticks are lost" if lost > 0 else "")
-        self.event("start", what, {"epoch": line.epoch, "lost_ticks": max(0, lost)})
-
-    def start_message(self, reported: int = 0) -> Start:
-        start = Start(epoch=self.roster.epoch, stage_addresses=self.roster.addresses(), start_id=self.rounds.start_id)
-        if self._line is not None:
-            (start.tick, start.lineage), start.recovery = self._line.version, True
-            start.decide, start.reported_tick = self._line.decide, reported
-        elif self.resume is not None:
-            start.checkpoint = self.resume.name
-            start.shard_digests = {stage: saved.digest for stage, saved in self.resume.shards.items()}
-        return start
 
     # What is reported --------------------------------------------------------------------------------------------------
 
@@ -453,7 +378,7 @@ class AnchorService:
         """Send everybody home, take their last reports, and close the books."""
         everyone = [*self.stages.values(), *self.samplers.boxes.values()]
         for box in everyone:
-            self.post(box, FrameKind.STOP, Stop(self._reason, now=True))
+            self.tell_end(box)
         if not self.over.done() or self.over.cancelled() or self.over.exception() is not None:
             self.absent.clear()  # only a run that ends in order waits for whoever is away
         try:

@@ -49,3 +49,8 @@ def leave_terminal() -> None:
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # isatty would say no: it cannot be asked any more
             os.dup2(nowhere, descriptor)
     os.close(nowhere)
+
+
+def quiet_grpc() -> None:
+    """Before gRPC is imported: its C core would write a line of its own to stderr for every handshake that fails."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -33,6 +33,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5.0  # before dialling again; below the gr
 DIAL_S = 5.0  # for one connection: a machine that is gone does not even refuse
 WELCOME_S = 30.0  # a restarted anchor may be reading its bases
 CLOSE_S = 5.0  # for the anchor to read the last frame and to close its side
+END_WAIT_S = 600.0  # for an anchor that is away when the run ends: without it the last checkpoint is not complete
 INBOX = 4  # frames from the anchor that wait to be taken in: bases and corrections are large
 NEWEST = (FrameKind.SKETCH, FrameKind.SLICE)
 
@@ -75,6 +76,7 @@ class AnchorLink:
         self._leaving = self._told_to_leave = False
         self._reader: asyncio.Task[object] | None = None
         self._wait_s = 0.0
+        self.end_wait_s = END_WAIT_S
 
     # For those who post ------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from swarm_worker.entry import Entry
 
 DESCRIPTION = "Workers of a Kedge swarm: stages of the layers, samplers, or a whole swarm on one machine."
 EXAMPLES = """examples:
@@ -17,7 +21,7 @@ EXAMPLES = """examples:
   swarm_worker local --config run.toml --out runs/demo --resume --ticks 400
       go on from the newest checkpoint
   swarm_worker join --stage 2 --anchor anchor.example.org:7400 --listen 0.0.0.0:7402 --advertise me.example.org:7402
-      hold stage 2 of the run that this anchor serves
+      hold stage 2 of the run that this anchor serves; --token TOKEN the first time (see `anchor_node token`)
   swarm_worker sample --anchor anchor.example.org:7400 --engine hf
       generate rollouts for that run
 """
@@ -112,6 +116,22 @@ def _common(command: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long to wait for the anchor (default %(default)s)",
     )
+    command.add_argument(
+        "--token",
+        default="",
+        metavar="TOKEN",
+        help="what `anchor_node token create` printed, or a file that holds it (or KEDGE_TOKEN): needed once",
+    )
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--tls", action="store_true", help="use the stored certificate on loopback, too; elsewhere always")
+    how.add_argument("--insecure", action="store_true", help="no TLS, the default on loopback; refused elsewhere")
+    how.add_argument("--trusted-network", action="store_true", help="no TLS anywhere, as the anchor must have it, too")
+
+
+def _entry(arguments: argparse.Namespace) -> Entry:
+    from swarm_worker.entry import Entry
+
+    return Entry(arguments.token, arguments.tls, arguments.insecure, arguments.trusted_network)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,29 +140,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
-    from swarm_core.exits import run_to_exit_code
+    from swarm_core.exits import quiet_grpc, run_to_exit_code
 
+    quiet_grpc()
     if arguments.command == "local":
         from swarm_worker.local import run_local
 
         return run_to_exit_code("swarm_worker local", lambda: run_local(arguments))
     if arguments.command == "join":
-        from swarm_core.wire.allocator import keep_large_blocks
-        from swarm_worker.stage_process import StageArguments, hold_stage
+        return run_to_exit_code("swarm_worker join", lambda: _join(arguments))
+    code = run_to_exit_code("swarm_worker sample", lambda: _sample(arguments))
+    logging.shutdown()
+    os._exit(code)  # a generation under way cannot be interrupted, and the interpreter would wait for it
 
-        keep_large_blocks()
-        given = StageArguments(
-            stage=arguments.stage,
-            anchor=arguments.anchor,
-            listen=arguments.listen,
-            advertise=arguments.advertise,
-            out=arguments.out,
-            model=arguments.model,
-            expect_digest=arguments.expect_digest,
-            wait_s=arguments.wait,
-            limit_mbps=arguments.limit_mbps,
-        )
-        return run_to_exit_code("swarm_worker join", lambda: asyncio.run(hold_stage(given)))
+
+def _join(arguments: argparse.Namespace) -> None:
+    _refuse_early(arguments)
+    from swarm_core.wire.allocator import keep_large_blocks
+    from swarm_worker.stage_process import StageArguments, hold_stage
+
+    keep_large_blocks()
+    given = StageArguments(
+        stage=arguments.stage,
+        anchor=arguments.anchor,
+        listen=arguments.listen,
+        advertise=arguments.advertise,
+        out=arguments.out,
+        model=arguments.model,
+        expect_digest=arguments.expect_digest,
+        wait_s=arguments.wait,
+        limit_mbps=arguments.limit_mbps,
+        entry=_entry(arguments),
+    )
+    asyncio.run(hold_stage(given))
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    _refuse_early(arguments)
     from swarm_worker.sampler.process import SamplerArguments, serve_rollouts
 
     wanted = SamplerArguments(
@@ -152,10 +186,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         out=arguments.out,
         model=arguments.model,
         wait_s=arguments.wait,
+        entry=_entry(arguments),
     )
-    code = run_to_exit_code("swarm_worker sample", lambda: asyncio.run(serve_rollouts(wanted)))
-    logging.shutdown()
-    os._exit(code)  # a generation under way cannot be interrupted, and the interpreter would wait for it
+    asyncio.run(serve_rollouts(wanted))
+
+
+def _refuse_early(arguments: argparse.Namespace) -> None:
+    """What can be told in 0.3 s, before torch takes its 3."""
+    from swarm_core.run_folder import make_folder
+    from swarm_core.wire.streams import split_address
+
+    split_address(arguments.anchor)
+    make_folder(arguments.out)
 
 
 if __name__ == "__main__":

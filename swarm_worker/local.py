@@ -20,6 +20,7 @@ from pathlib import Path
 from swarm_core.errors import UserError
 from swarm_core.exits import BAD_INPUT, BROKE, INTERRUPTED, leave_terminal
 from swarm_core.run_folder import ADDRESS_FILE, MANIFEST_FILE, make_folder
+from swarm_worker.forked import Forked, fork, import_once
 
 START_LIMIT_S = 300.0  # importing torch and calibrating on a loaded machine
 LEAVE_LIMIT_S = 15.0  # for the last reports, once the anchor has gone
@@ -34,7 +35,7 @@ class Child:
     """One process of the swarm and where its words go."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log: Path
     command: list[str]
     restarts: int = 0
@@ -43,8 +44,13 @@ class Child:
 def run_local(arguments: argparse.Namespace) -> int:
     """Bring up a swarm, wait for its end. Returns the exit code of the run."""
     from swarm_core.wire.pacing import read_limits
+    from swarm_core.wire.streams import is_loopback
 
     read_limits(arguments.limit_mbps)  # a bad one is refused before anything starts
+    if not is_loopback(arguments.listen):
+        raise UserError(
+            f"--listen {arguments.listen}: local keeps to this machine; start `anchor_node serve` for others"
+        )
     out: Path = arguments.out
     anchor = _anchor_command(arguments)
     if arguments.dry_run:
@@ -132,6 +138,7 @@ class LocalSwarm:
         self._limit = [] if limit_mbps is None else ["--limit-mbps", limit_mbps]
         self.children: list[Child] = []
         self.started = False  # the anchor came up: the run file, the model and the data are sound
+        self._forks = False  # else every child is a new interpreter
         self._interrupts = 0
         self._take_over: list[str] = []
         self._restarts = 0
@@ -146,6 +153,7 @@ class LocalSwarm:
         signal.signal(signal.SIGTERM, self._interrupted)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup a hang-up is ignored, and stays so
             signal.signal(signal.SIGHUP, self._interrupted)
+        self._forks = import_once()
         # The anchor draws the live table, so it keeps the terminal; its own log goes to a file of its own.
         anchor = self._start_anchor(anchor_command)
         address = self._await_address(anchor)
@@ -154,7 +162,7 @@ class LocalSwarm:
             return code if code >= 0 else INTERRUPTED
         self.started = True
         worker = [sys.executable, "-m", "swarm_worker.cli"]
-        common = ["--anchor", address, "--out", str(self.out)]
+        common = ["--anchor", address, "--out", str(self.out), "--insecure"]  # whatever token is in the environment
         for stage in range(self._stages()):
             self._start(f"stage-{stage}", [*worker, "join", "--stage", str(stage), *common, *self._limit])
         self._start("sampler", [*worker, "sample", *common])
@@ -171,16 +179,22 @@ class LocalSwarm:
         log = self.out / "logs" / f"{name}.log"
         # One thread unless the run file says otherwise: processes outnumber cores here.
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        process: subprocess.Popen[bytes] | Forked
         with log.open("ab") as file:
-            process = subprocess.Popen(
-                command,
-                stdout=None if terminal else file,
-                stderr=None if terminal else file,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C reaches us alone; we pass it on once, to the anchor
-                preexec_fn=_stop_with_parent(),  # noqa: PLW1509 - no other thread runs here
-                env=environment,
-            )
+            output = None if terminal else file
+            if self._forks:
+                _, _, module, *rest = command  # python -m module ...
+                process = fork(module, rest, output, _stop_with_parent())
+            else:
+                process = subprocess.Popen(
+                    command,
+                    stdout=output,
+                    stderr=output,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C reaches us alone; we pass it on once, to the anchor
+                    preexec_fn=_stop_with_parent(),  # noqa: PLW1509 - no other thread runs here
+                    env=environment,
+                )
         child = Child(name, process, log, command)
         self.children.append(child)
         return child

@@ -15,7 +15,7 @@ from codec.spec import Direction
 from swarm_core.errors import KedgeError
 from swarm_core.manifest import Manifest, read_manifest
 from swarm_core.wire.bases import as_whole, basis_of, key_of
-from swarm_core.wire.errors import BadAddress, BadFrame, ManifestMismatch, PeerLost, WireError
+from swarm_core.wire.errors import BadFrame, ManifestMismatch, PeerLost, WireError
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
@@ -31,6 +31,7 @@ from swarm_core.wire.messages import (
     to_bytes,
 )
 from swarm_core.wire.streams import Dialled, dial
+from swarm_core.wire.tls import Identity
 
 ANCHOR_LIMITS = {FrameKind.BASIS: 1 << 30, FrameKind.WELCOME: 4 << 20}
 CORRECTION_BESIDE = 1 << 10  # what a CORRECTION has beside its packet
@@ -48,6 +49,7 @@ class Way:
     ledger: Ledger
     link: str
     hello: Hello
+    identity: Identity | None = None
     limits: dict[FrameKind, int] = field(default_factory=lambda: dict(ANCHOR_LIMITS))  # of frames from it
 
 
@@ -78,7 +80,7 @@ class Membership:
 
 async def greet(way: Way, hello: Hello, wait_s: float, waiting: Callable[[float], None] | None = None) -> Greeted:
     """Dial the anchor and say who we are. Raises Unreachable, PeerLost, and what the anchor refuses us with."""
-    anchor = await dial(way.address, way.method, way.ledger, "the anchor", wait_s, waiting)
+    anchor = await dial(way.address, way.method, way.ledger, "the anchor", wait_s, waiting, way.identity)
     anchor.name(way.link, "up", way.limits)
     try:
         await anchor.send(Frame(Header(FrameKind.HELLO), to_bytes(hello)))
@@ -88,17 +90,17 @@ async def greet(way: Way, hello: Hello, wait_s: float, waiting: Callable[[float]
         raise
 
 
-async def join(address: str, method: str, hello: Hello, ledger: Ledger, wait_s: float, link: str) -> Membership:
+async def join(
+    address: str, method: str, hello: Hello, ledger: Ledger, wait_s: float, link: str, identity: Identity | None = None
+) -> Membership:
     """Dial the anchor and take the manifest. Raises BadAddress, Unreachable, Refused and ManifestMismatch, each readable."""
-    if "/" in address:  # a URL would be split at its last colon and dialled in vain
-        raise BadAddress(address)
     hello.versions = {name: importlib.metadata.version(name) for name in ("torch", "grpcio", "protobuf")}
     hello.member = secrets.randbits(64) | 1  # never 0, which is nobody
 
     def waiting(waited_s: float) -> None:
         log.warning("no answer from the anchor at %s for %.0f s, trying on until %.0f s", address, waited_s, wait_s)
 
-    way = Way(address, method, ledger, link, hello)
+    way = Way(address, method, ledger, link, hello, identity)
     anchor, welcome = await greet(way, hello, wait_s, waiting)
     manifest = read_manifest(welcome.manifest)
     if manifest.digest() != welcome.manifest_digest:

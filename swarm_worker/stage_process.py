@@ -10,13 +10,13 @@ import asyncio
 import logging
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from swarm_core.errors import UserError
 from swarm_core.run_folder import make_folder
-from swarm_core.wire.errors import BadFrame, PeerLost, Refused, StaleEpoch, Unreachable
+from swarm_core.wire.errors import AnchorAway, BadFrame, PeerLost, Refused, StaleEpoch, Unreachable
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
@@ -33,6 +33,7 @@ from swarm_core.wire.messages import (
 from swarm_core.wire.pacing import read_limits
 from swarm_core.wire.streams import Dialled, FrameStream, dial, dialable
 from swarm_worker.anchor_link import AnchorLink, Standing
+from swarm_worker.entry import Entry, enter
 from swarm_worker.epochs import Epochs, span_of
 from swarm_worker.membership import Membership, await_start, join, tell_failure
 from swarm_worker.service import StageService
@@ -56,6 +57,7 @@ class StageArguments:
     expect_digest: str = ""
     wait_s: float = 60.0
     limit_mbps: str | None = None
+    entry: Entry = field(default_factory=Entry)
 
 
 async def hold_stage(arguments: StageArguments, *, signals: bool = True) -> None:
@@ -92,10 +94,14 @@ class StageProcess:
         tasks: list[asyncio.Task[None]] = []
         try:
             make_folder(a.out)
+            identity = await enter(a.entry, a.anchor, a.listen, a.out, "stage", a.stage, a.wait_s)
+            self.service.server.identity, self.service.server.trusted_network = identity, a.entry.trusted_network
             address = await self.service.server.start(a.listen)
             hello = Hello(role="stage", stage=a.stage, address=a.advertise or dialable(address))
             hello.manifest_digest = a.expect_digest
-            membership = await join(a.anchor, "Anchor/Attend", hello, self.ledger, a.wait_s, f"anchor-stage{a.stage}")
+            membership = await join(
+                a.anchor, "Anchor/Attend", hello, self.ledger, a.wait_s, f"anchor-stage{a.stage}", identity
+            )
             membership.anchor.pace(self.limits)
             self.epochs = Epochs(membership, a.stage, a.out, a.model, self._thread)
             await membership.anchor.send(
@@ -139,6 +145,8 @@ class StageProcess:
                 if epoch is not None and epoch.done():
                     try:
                         return epoch.result()
+                    except AnchorAway:
+                        raise
                     except (PeerLost, StaleEpoch, Unreachable) as error:
                         self._cannot_go_on(link, error)
                     epoch = None
@@ -155,7 +163,7 @@ class StageProcess:
                     case Start() if self._turns.start(said.epoch, said.recovery):
                         await _cancelled(epoch)
                         epoch = asyncio.create_task(self._work_epoch(membership, link, said))
-                    case Stop() if epoch is None:
+                    case Stop() if self.worker is None:
                         return said.reason
         finally:
             word.cancel()
@@ -250,7 +258,10 @@ class StageProcess:
         if stage + 1 == membership.manifest.stages:
             return None
         address = start.stage_addresses[stage + 1]
-        below = await dial(address, "Stage/Link", self.ledger, f"stage {stage + 1}", NEIGHBOUR_WAIT_S)
+        below = await dial(
+            address, "Stage/Link", self.ledger, f"stage {stage + 1}", NEIGHBOUR_WAIT_S,
+            identity=self.service.server.identity, stage=stage + 1,
+        )  # fmt: skip
         below.name(f"stage{stage}-stage{stage + 1}", "down").pace(self.limits)
         hello = Hello(role="link", stage=stage, manifest_digest=membership.digest, epoch=start.epoch)
         try:

@@ -18,7 +18,7 @@ from typing import Any
 from codec.spec import Direction
 from swarm_core.learning.errors import LearningError
 from swarm_core.wire.bases import matrix_of
-from swarm_core.wire.errors import BadFrame, PeerLost
+from swarm_core.wire.errors import AnchorAway, BadFrame, PeerLost
 from swarm_core.wire.frames import Frame, Header, address_of
 from swarm_core.wire.messages import (
     BasisSet,
@@ -72,7 +72,6 @@ from swarm_worker.voting import ANCHOR_WAIT, Ballot
 
 log = logging.getLogger(__name__)
 LEAVE_S = 60.0  # for the last report, once the anchor has said that the run is over; a restart takes seconds
-END_WAIT_S = 600.0  # for an anchor that is away when the run ends: without it the last checkpoint is not complete
 WATCH_S = 30.0  # a tick of a large model over a slow link can take this long; nothing is decided by it
 
 
@@ -252,12 +251,13 @@ class StageWorker:
 
     async def _await_end(self) -> None:
         """The last decision is applied. Only the anchor can say that the books and the last checkpoint are complete."""
+        wait_s = self.anchor.end_wait_s
         if self.anchor.away_since is not None:
-            log.warning("stage %d has finished and waits for the anchor, up to %.0f s", self.span.stage, END_WAIT_S)
-        await self.anchor.away_for(END_WAIT_S)
-        raise PeerLost(
+            log.warning("stage %d has finished and waits for the anchor, up to %.0f s", self.span.stage, wait_s)
+        await self.anchor.away_for(wait_s)
+        raise AnchorAway(
             f"the run has finished at tick {self.position.tick}, but the anchor at {self.anchor.address} was away for "
-            f"{END_WAIT_S:.0f} s: its books and its newest checkpoint lack what this stage still had to tell"
+            f"{wait_s:.0f} s: its books and its newest checkpoint lack what this stage still had to tell"
         )
 
     def stop(self, stop: Stop) -> None:

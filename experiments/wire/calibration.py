@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from anchor_node.authority import CERTIFICATE_S, Authority
 from experiments.children import Child
-from experiments.wire.network import Network, Sockets, run
+from experiments.wire.network import Network, Sockets
+from swarm_core.wire.tls import Identity, Name, new_key
 
 ENDPOINT = "experiments.wire.endpoint"
 KB, MB = 1 << 10, 1 << 20
@@ -63,14 +65,13 @@ class Direction:
         return {"ledger": self.ledger, "interface": self.interface, "ratio": self.ratio, **asdict(self.sockets)}
 
 
-def certificate(folder: Path, addresses: Sequence[str]) -> None:
-    """A self-signed certificate for these addresses, for one day."""
-    names = "subjectAltName=" + ",".join(f"IP:{address}" for address in addresses)
-    run(
-        "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1",
-        "-subj", "/CN=kedge-bench", "-addext", names,
-        "-keyout", str(folder / "key.pem"), "-out", str(folder / "certificate.pem"),
-    )  # fmt: skip
+def certificates(folder: Path) -> None:
+    """For the two sides of a link: what stages 0 and 1 of a run would hold."""
+    authority = Authority(folder)
+    for stage, side in enumerate(("dial", "serve")):
+        key = new_key()
+        given = authority.issue(key.public_key(), Name(authority.run, "stage", stage), CERTIFICATE_S)
+        Identity(key, given, authority.certificate).save(folder / f"{side}.pem")
 
 
 def calibrate(
@@ -83,7 +84,7 @@ def calibrate(
         where = f"{network.address('server')}:7500"
         extra: tuple[object, ...] = ()
         if tls:
-            certificate(folder, [network.address("server")])
+            certificates(folder)
             extra = ("--tls", folder)
         children: list[Child] = []
         try:

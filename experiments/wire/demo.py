@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from anchor_node.authority import Authority
 from experiments.children import ROOT, BenchError, Child
-from experiments.wire.calibration import certificate
 from experiments.wire.network import Network
 
 RUN_FILE = ROOT / "examples" / "tiny" / "run.toml"
@@ -40,25 +40,27 @@ def demo(folder: Path, ticks: int, tls: bool, rate: str | None) -> list[Host]:
     stages = [f"stage{i}" for i in range(STAGES)]
     names = ["anchor", *stages, "sampler"]
     with Network(names, rate) as network:
-        if tls:
-            certificate(folder, [network.address(name) for name in names])
         anchor = f"{network.address('anchor')}:{PORT}"
 
         def start(name: str, module: str, *arguments: object) -> Child:
-            if tls:
-                module, arguments = "experiments.wire.encrypted", (folder, module, *arguments)
             return Child(name, module, arguments, folder, prefix=network.inside(name), talks=False)
 
         before = {name: network.sent_bytes(name) for name in names}
         overrides = ("--set", f"run.ticks={ticks}", "--set", f"swarm.stages={STAGES}")
         serve = ("serve", "--config", RUN_FILE, "--listen", anchor, "--out", folder / "run", *overrides)
+        authority = Authority(folder / "run") if tls else None
+
+        def entry(role: str, stage: int | None) -> tuple[str, ...]:
+            return ("--token", authority.create_token(role, stage)) if authority else ("--trusted-network",)
+
         common = ("--anchor", anchor, "--out", folder / "workers")
-        children = [start("anchor", "anchor_node.cli", *serve)]
+        children = [start("anchor", "anchor_node.cli", *serve, *(() if tls else ("--trusted-network",)))]
         try:
             for i, name in enumerate(stages):
                 listen = f"{network.address(name)}:{PORT + 1 + i}"
-                children.append(start(name, "swarm_worker.cli", "join", "--stage", i, "--listen", listen, *common))
-            children.append(start("sampler", "swarm_worker.cli", "sample", *common))
+                stage = ("join", "--stage", i, "--listen", listen, *common, *entry("stage", i))
+                children.append(start(name, "swarm_worker.cli", *stage))
+            children.append(start("sampler", "swarm_worker.cli", "sample", *common, *entry("sampler", None)))
             await_all(children)
             time.sleep(0.5)  # connections close
             after = {name: network.sent_bytes(name) for name in names}

@@ -1,7 +1,6 @@
 """One end of the calibration: sends or serves the frames it is told to over the project's own streams, and counts them.
 
-Orders are lines of JSON on stdin, answers lines on stdout. Encryption is put under the streams from here: what a record
-costs does not depend on who presents which certificate.
+Orders are lines of JSON on stdin, answers lines on stdout.
 """
 
 from __future__ import annotations
@@ -16,32 +15,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 from swarm_core.wire.allocator import keep_large_blocks
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import FrameKind
 from swarm_core.wire.streams import Dialled, FrameStream, Server, dial
+from swarm_core.wire.tls import Identity, load_identity
 
 LIMITS = {kind: 1 << 28 for kind in FrameKind}
 PAUSE_S = 0.3  # before and after each case: the last acknowledgement may take 200 ms
-
-
-def encrypt(folder: Path) -> None:
-    """From now on, what this process dials or serves unencrypted is encrypted with the certificate of `folder`."""
-    key, certificate = (folder / "key.pem").read_bytes(), (folder / "certificate.pem").read_bytes()
-    dialled = grpc.ssl_channel_credentials(certificate)
-    served = grpc.ssl_server_credentials([(key, certificate)])
-    plain_server = grpc.aio.server
-
-    def server(*args: Any, **kwargs: Any) -> grpc.aio.Server:
-        made = plain_server(*args, **kwargs)
-        made.add_insecure_port = lambda address: made.add_secure_port(address, served)
-        return made
-
-    grpc.aio.server = server
-    grpc.aio.insecure_channel = lambda address, options: grpc.aio.secure_channel(address, dialled, options=options)
 
 
 def counted(ledger: Ledger) -> str:
@@ -58,7 +40,7 @@ async def lines() -> AsyncIterator[str]:
         yield line
 
 
-async def serve(address: str, ledger: Ledger) -> None:
+async def serve(address: str, ledger: Ledger, identity: Identity | None) -> None:
     """Answer FETCH with as many bytes, STOP with a VOTE, and nothing else."""
 
     async def handler(stream: FrameStream) -> None:
@@ -72,14 +54,15 @@ async def serve(address: str, ledger: Ledger) -> None:
                 await stream.send(Frame(Header(FrameKind.VOTE)))
 
     server = Server("Stage", {"Link": handler}, ledger)
+    server.identity, server.trusted_network = identity, identity is None
     print(await server.start(address), flush=True)
     async for _ in lines():
         print(counted(ledger), flush=True)
     await server.stop()
 
 
-async def opened(address: str, ledger: Ledger) -> Dialled:
-    stream = await dial(address, "Stage/Link", ledger, "the other end", 10.0)
+async def opened(address: str, ledger: Ledger, identity: Identity | None) -> Dialled:
+    stream = await dial(address, "Stage/Link", ledger, "the other end", 10.0, identity=identity, stage=1)
     stream.name("a-b", "down", LIMITS)
     await stream.send(Frame(Header(FrameKind.HELLO)))
     await stream.expect(FrameKind.WELCOME)
@@ -101,8 +84,8 @@ async def send(stream: Dialled, case: dict[str, Any]) -> None:
     await stream.expect(FrameKind.VOTE)
 
 
-async def dials(address: str, ledger: Ledger) -> None:
-    stream = await opened(address, ledger)
+async def dials(address: str, ledger: Ledger, identity: Identity | None) -> None:
+    stream = await opened(address, ledger, identity)
     await send(stream, {"sizes": [1 << 20], "answered": False, "gap_s": 0})  # the peers agree on frame sizes
     await asyncio.sleep(PAUSE_S)
     ledger.take()
@@ -111,7 +94,7 @@ async def dials(address: str, ledger: Ledger) -> None:
         case = json.loads(line)
         await asyncio.sleep(PAUSE_S)
         for _ in range(case["connections"]):
-            await (await opened(address, ledger)).finish()
+            await (await opened(address, ledger, identity)).finish()
         if case["sizes"]:
             await send(stream, case)
         await asyncio.sleep(PAUSE_S)
@@ -123,13 +106,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("side", choices=("serve", "dial"))
     parser.add_argument("address")
-    parser.add_argument("--tls", type=Path, help="folder of key.pem and certificate.pem")
+    parser.add_argument("--tls", type=Path, help="folder of serve.pem and dial.pem")
     arguments = parser.parse_args()
     keep_large_blocks()
-    if arguments.tls:
-        encrypt(arguments.tls)
-    ledger = Ledger(tls=arguments.tls is not None)
-    asyncio.run((serve if arguments.side == "serve" else dials)(arguments.address, ledger))
+    identity = load_identity(arguments.tls / f"{arguments.side}.pem") if arguments.tls else None
+    asyncio.run((serve if arguments.side == "serve" else dials)(arguments.address, Ledger(), identity))
     return 0
 
 

@@ -35,6 +35,10 @@ class PeerLost(WireError):
     """An open stream to a peer broke."""
 
 
+class AnchorAway(PeerLost):
+    """The anchor was away for too long, and nothing can be finished without it."""
+
+
 class PortInUse(WireError, UserError):
     """The address asked for cannot be bound."""
 
@@ -67,6 +71,26 @@ class NothingHeld(Refused, UserError):
     """A stage came into a run at work with nothing that the others could go on from."""
 
 
+class Unauthenticated(Refused, UserError):
+    """No certificate, or one that does not hold: expired, of another authority, a token that was used."""
+
+
+class NotAllowed(Refused, UserError):
+    """A certificate that holds, of somebody who may not do this."""
+
+
+class Unencrypted(WireError, UserError):
+    """An address that others can reach was to be served to whoever comes."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(
+            f"{address} can be reached from other machines, and nothing would be encrypted: keep to 127.0.0.1, or give "
+            f"--token (`anchor_node token create` on the anchor's machine makes one), or --trusted-network where nobody "
+            f"else is on the network"
+        )
+        self.address = address
+
+
 class BadFrame(Refused):
     """A frame that no correct peer sends: malformed, too large, a wrong checksum, or not expected here."""
 
@@ -78,6 +102,8 @@ STATUS_OF: dict[type[Refused], grpc.StatusCode] = {
     ManifestMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     StaleEpoch: grpc.StatusCode.ABORTED,
     NothingHeld: grpc.StatusCode.NOT_FOUND,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    NotAllowed: grpc.StatusCode.PERMISSION_DENIED,
     BadFrame: grpc.StatusCode.INVALID_ARGUMENT,
 }
 ERROR_OF: dict[grpc.StatusCode, type[Refused]] = {status: error for error, status in STATUS_OF.items()}

@@ -20,40 +20,31 @@ from urllib.parse import unquote
 import grpc
 
 from swarm_core.errors import UserError
+from swarm_core.wire.channel import OPTIONS, open_channel
 from swarm_core.wire.errors import (
     BadAddress,
     BadFrame,
+    NotAllowed,
     PeerLost,
     PortInUse,
     Refused,
-    Unreachable,
+    Unencrypted,
     WireError,
     from_status,
     status_of,
 )
-from swarm_core.wire.frames import CHUNK_BYTES, MAX_MESSAGE_BYTES, Assembler, Frame, Header, chunks_of
+from swarm_core.wire.frames import CHUNK_BYTES, Assembler, Frame, Header, chunks_of
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import FrameKind, Report
 from swarm_core.wire.pacing import NO_LIMITS, Limits
+from swarm_core.wire.tls import Caller, Identity
 
 ALL_INTERFACES = ("0.0.0.0", "::", "*")
 # TCP forgets an idle connection's window after its retransmission timeout: 200 ms at least, and a round trip more.
 KEEP_WARM_S = 0.2
 log = logging.getLogger(__name__)
 Handler = Callable[["FrameStream"], Awaitable[None]]
-
-# The keepalive that acts in Python is the ping timeout; the server must permit the pings or it says "too many pings".
-OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share its calls
-]
-
+Answer = Callable[[Caller, bytes], Awaitable[bytes]]
 
 # Everything that gRPC raises for a stream that is no more; which one depends on the moment.
 BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
@@ -84,6 +75,7 @@ class FrameStream:
         self.direction = "down"
         self.peer = peer
         self.loopback = False
+        self.caller: Caller | None = None  # proved by its certificate; None: a plain stream, or one that was dialled
 
     def name(self, link: str, direction: str, limits: dict[FrameKind, int] | None = None) -> FrameStream:
         """Say which link this is (ledger rows) and how large frames may get, once the peer is known."""
@@ -91,6 +83,13 @@ class FrameStream:
         if limits is not None:
             self._assembler = Assembler(limits)
         return self
+
+    def must_be_stage(self, stage: int) -> None:
+        """What the peer says of itself must be what its certificate says. Raises NotAllowed; a plain stream proves nothing."""
+        if self.caller is not None and self.caller.name.stage != stage:
+            raise NotAllowed(
+                f"a certificate for {self.caller.name} joins as that, not as stage {stage}: use a token for it"
+            )
 
     def bound(self, limit: Callable[[Header], int]) -> None:
         """Say how large a frame may get by its whole header, before anything is allocated for it."""
@@ -223,49 +222,74 @@ class Dialled(FrameStream):
 
 
 async def dial(
-    address: str, method: str, ledger: Ledger, who: str, wait_s: float, on_wait: Callable[[float], None] | None = None
+    address: str,
+    method: str,
+    ledger: Ledger,
+    who: str,
+    wait_s: float,
+    on_wait: Callable[[float], None] | None = None,
+    identity: Identity | None = None,
+    stage: int | None = None,
 ) -> Dialled:
     """Open a stream to `method` ("Anchor/Attend"), waiting up to `wait_s` for the peer to come up.
 
-    `on_wait(seconds waited)` is called every two seconds meanwhile. Raises BadAddress, Unreachable.
+    `on_wait(seconds waited)` is called every two seconds meanwhile. With an `identity` the stream is encrypted, and the
+    peer must prove to be the anchor, or `stage`. Raises BadAddress, Unreachable, Unauthenticated, NotAllowed.
     """
+    ledger.tls = ledger.tls or identity is not None
     split_address(address)
-    started = time.monotonic()
-    channel = grpc.aio.insecure_channel(address, options=OPTIONS)
-    ready = asyncio.ensure_future(channel.channel_ready())
-    while not ready.done():
-        waited = time.monotonic() - started
-        if waited >= wait_s:
-            ready.cancel()
-            await channel.close()
-            raise Unreachable(who, address, wait_s)
-        await asyncio.wait({ready}, timeout=min(2.0, wait_s - waited))
-        if on_wait is not None and not ready.done():
-            on_wait(time.monotonic() - started)
+    channel = await open_channel(address, method, who, wait_s, on_wait, identity, stage)
     call = channel.stream_stream(f"/swarm.v1.{method}", request_serializer=_raw, response_deserializer=_raw)()
     return Dialled(channel, call, ledger, f"{who} at {address}", is_loopback(address))
 
 
 class Server:
-    """Serves streams; a refused or broken stream ends with the status of its error."""
+    """Serves streams; a refused or broken stream ends with the status of its error.
+
+    With an `identity`, set before the start, it is encrypted, and each caller has the methods of its certificate and no
+    more. `trusted_network` lets a plain one listen where other machines reach it.
+    """
 
     def __init__(self, service: str, handlers: dict[str, Handler], ledger: Ledger) -> None:
         self._server = grpc.aio.server(options=OPTIONS)
+        self._service = service
         self._ledger = ledger
         self.limits = NO_LIMITS
+        self.identity: Identity | None = None
+        self.trusted_network = False
+        self._credentials: grpc.ServerCredentials | None = None
         methods = {
             name: grpc.stream_stream_rpc_method_handler(
-                self._serve(handler), request_deserializer=_raw, response_serializer=_raw
+                self._serve(f"{service}/{name}", handler), request_deserializer=_raw, response_serializer=_raw
             )
             for name, handler in handlers.items()
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(f"swarm.v1.{service}", methods),))
 
-    def _serve(self, handler: Handler) -> Callable[[Any, Any], Awaitable[None]]:
+    def add_answer(self, name: str, answer: Answer) -> None:
+        """One request of bytes, one answer: for callers with a certificate only. Before the start."""
+
+        async def serve(data: bytes, context: Any) -> bytes:
+            try:
+                if self.identity is None:
+                    raise NotAllowed(f"{self._service}/{name} needs TLS, and this server does without")
+                return await answer(self.identity.admit(f"{self._service}/{name}", context.auth_context()), data)
+            except Refused as error:
+                await context.abort(status_of(error), str(error))
+                raise AssertionError("abort raises") from None
+
+        methods: dict[str, Any] = {name: grpc.unary_unary_rpc_method_handler(serve)}
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(f"swarm.v1.{self._service}", methods),)
+        )
+
+    def _serve(self, method: str, handler: Handler) -> Callable[[Any, Any], Awaitable[None]]:
         async def serve(_request_iterator: Any, context: Any) -> None:
             stream = FrameStream(context.read, context.write, self._ledger, context.peer()).pace(self.limits)
             stream.loopback = is_loopback(unquote(context.peer()).partition(":")[2])  # "ipv4:127.0.0.1:50132"
             try:
+                if self.identity is not None:
+                    stream.caller = self.identity.admit(method, context.auth_context())
                 await handler(stream)
             except Refused as error:
                 await context.abort(status_of(error), str(error))
@@ -275,16 +299,23 @@ class Server:
         return serve
 
     async def start(self, listen: str) -> str:
-        """Bind and serve; returns the address with the port really bound. Raises PortInUse."""
+        """Bind and serve; returns the address with the port really bound. Raises PortInUse, Unencrypted."""
         host, port = split_address(listen)
+        if self.identity is None and not is_loopback(listen):
+            if not self.trusted_network:
+                raise Unencrypted(listen)
+            log.warning("listening on %s without encryption or admission, as --trusted-network asks", listen)
         _probe(host, port, listen)
         try:
-            bound = self._server.add_insecure_port(listen)
+            if self.identity is None:
+                bound = self._server.add_insecure_port(listen)
+            else:
+                self._ledger.tls = True
+                self._credentials = self.identity.server_credentials()
+                bound = self._server.add_secure_port(listen, self._credentials)
         except RuntimeError as error:
             raise PortInUse(listen, str(error).splitlines()[0]) from None
         await self._server.start()
-        if not is_loopback(listen):
-            log.warning("listening on %s without encryption or admission: open it to a trusted network only", listen)
         return f"{host}:{bound}"
 
     async def stop(self) -> None:
@@ -307,7 +338,7 @@ def _probe(host: str, port: int, listen: str) -> None:
 def split_address(address: str) -> tuple[str, int]:
     """HOST:PORT as (host, port). Raises BadAddress."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    if not host or "/" in host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise BadAddress(address)
     return host, int(port)
 

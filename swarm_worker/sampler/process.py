@@ -42,6 +42,7 @@ from swarm_core.wire.messages import (
 from swarm_core.wire.rollouts import rollouts_message
 from swarm_core.wire.streams import Dialled, dial
 from swarm_worker.anchor_link import AnchorLink, Standing
+from swarm_worker.entry import enter
 from swarm_worker.membership import Membership, await_start, join, tell_failure
 from swarm_worker.sampler.collect import Collected
 from swarm_worker.sampler.evaluate import Evaluation
@@ -82,7 +83,8 @@ class SamplerProcess:
         a = self.arguments
         make_folder(a.out)
         hello = Hello(role="sampler")
-        membership = await join(a.anchor, "Anchor/Sample", hello, self.ledger, a.wait_s, "anchor-sampler")
+        identity = await enter(a.entry, a.anchor, None, a.out, "sampler", None, a.wait_s)
+        membership = await join(a.anchor, "Anchor/Sample", hello, self.ledger, a.wait_s, "anchor-sampler", identity)
         if membership.manifest.config.run.threads:
             torch.set_num_threads(membership.manifest.config.run.threads)
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -141,7 +143,11 @@ class SamplerProcess:
                         epoch.result()
                     except (PeerLost, StaleEpoch) as error:
                         log.warning("%s: waiting for the anchor's word", error)
-                        await asyncio.wait({word})
+                        away = asyncio.create_task(link.away_for(link.end_wait_s))
+                        await asyncio.wait({word, away}, return_when=asyncio.FIRST_COMPLETED)
+                        away.cancel()
+                        if not word.done():
+                            raise
                     except Unreachable:  # nothing was ever heard of that stage
                         await asyncio.wait({word}, timeout=WORD_S)
                         if not word.done():
@@ -191,7 +197,10 @@ class SamplerProcess:
         shape = read_shape(source.model_path)
         hello = to_bytes(Hello(role="feed", manifest_digest=membership.digest))
         for stage, address in enumerate(start.stage_addresses):
-            feed = await dial(address, "Stage/Feed", self.ledger, f"stage {stage}", self.arguments.wait_s)
+            feed = await dial(
+                address, "Stage/Feed", self.ledger, f"stage {stage}", self.arguments.wait_s,
+                identity=membership.way.identity, stage=stage,
+            )  # fmt: skip
             self._feeds.append(feed)
             shapes = tensor_shapes(shape, membership.manifest.spans[stage]).values()
             largest = sum(4 * math.prod(dims) for dims in shapes) + SAFETENSORS_HEADER

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from swarm_core.models.architecture import resolve
 from swarm_core.models.reading import load_tokenizer
 from swarm_core.wire.messages import BasisSet, Order
 from swarm_worker.device import pick_device
+from swarm_worker.entry import Entry
 from swarm_worker.membership import read_bases
 from swarm_worker.sampler.collect import Collected, Collector, SamplingSpec
 from swarm_worker.sampler.engine import Projection
@@ -43,6 +44,7 @@ class SamplerArguments:
     out: Path = Path("runs/sampler")
     model: str | None = None
     wait_s: float = 60.0
+    entry: Entry = field(default_factory=Entry)
 
 
 class Source:

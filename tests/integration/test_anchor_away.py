@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from swarm_core.wire.errors import PeerLost
 from swarm_core.wire.messages import Order
-from swarm_worker import worker as working
+from swarm_worker import anchor_link
 from swarm_worker.sampler.collect import Collected
 from swarm_worker.sampler.process import SamplerArguments, serve_rollouts
 from swarm_worker.sampler.source import Source
@@ -291,7 +291,7 @@ def test_corrections_go_on_with_an_anchor_that_carries_on(
 def test_a_run_without_its_anchor_ticks_to_its_end_and_says_what_is_missing(
     recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(working, "END_WAIT_S", 1.0)
+    monkeypatch.setattr(anchor_link, "END_WAIT_S", 1.0)
     out = tmp_path / "run"
     anchor = Anchor(recipe().run_file(**CORRECTED), out)
 

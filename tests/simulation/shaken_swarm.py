@@ -26,6 +26,7 @@ from pretend import Judge, Objection, PretendCompute, World, undisturbed
 from virtual_loop import CURRENT, Died, Process, Stuck, VirtualLoop
 from wan import Server, Stream, Wan, Weather
 
+import anchor_node.epochs
 import anchor_node.service
 import swarm_worker.epochs
 import swarm_worker.membership
@@ -50,6 +51,7 @@ from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import BasisSet, Decide, FrameKind, Hello, Order, from_bytes, to_bytes
 from swarm_core.wire.rollouts import read_rollouts, rollouts_message
 from swarm_worker import failpoints
+from swarm_worker.entry import Entry
 from swarm_worker.epochs import Epochs
 from swarm_worker.failpoints import POINTS
 from swarm_worker.journal import Journal
@@ -57,6 +59,7 @@ from swarm_worker.stage_process import StageArguments, StageProcess
 from swarm_worker.stage_zero import batch_of
 from swarm_worker.worker import StageWorker
 
+PLAIN = Entry(trusted_network=True)
 VOCAB, ANCHOR = 40, "10.0.9.9:7000"
 HEALED_S = 900.0  # of virtual time from the moment that all is well again to the last tick: dialling gives up after 60
 MEANT = (PeerLost, Unreachable, StageTaken)  # what a process may end with: it is started again
@@ -190,7 +193,7 @@ class ShakenSwarm:
         self._watch(monkey, Journal, "write", lambda j, stamp, decide, *_: judge.decides(stamp, decide))
         self._watch(monkey, StageWorker, "_send_decision", lambda w, stamp, decide: judge.tells(stamp, decide))
         self._watch(monkey, StageProcess, "_serve_above", self._linked)
-        self._watch(monkey, AnchorService, "_start_again", self._starts_again)
+        self._watch(monkey, anchor_node.epochs.Epochs, "_start", self._starts_again)
         self._watch(monkey, AnchorService, "fail", lambda s, error: self._object(f"the anchor fails the run: {error}", error))
 
     def _watch(self, monkey: pytest.MonkeyPatch, owner: type, name: str, look: Callable[..., None]) -> None:
@@ -207,7 +210,7 @@ class ShakenSwarm:
         if stream.hello.epoch != process._turns.epoch:
             self.judge.object(f"a link of epoch {stream.hello.epoch} is taken in epoch {process._turns.epoch}")
 
-    def _starts_again(self, service: AnchorService, line: Line) -> None:
+    def _starts_again(self, epochs: anchor_node.epochs.Epochs, line: Line) -> None:
         self.judge.note("epochs")
         self.judge.starts(line.epoch, line.version)
 
@@ -311,7 +314,7 @@ class ShakenSwarm:
             await asyncio.sleep(self.rng.uniform(0.2, 5.0))
 
     async def _stage(self, stage: int, process: Process) -> None:
-        arguments = StageArguments(stage, ANCHOR, f"10.0.0.{stage}:0", out=self.out, wait_s=600.0)
+        arguments = StageArguments(stage, ANCHOR, f"10.0.0.{stage}:0", out=self.out, wait_s=600.0, entry=PLAIN)
         shell = StageProcess(arguments, signals=False)
         self.stages[stage] = process, shell
         await shell.run()
@@ -440,7 +443,7 @@ class ShakenSwarm:
 
     def _standstill(self) -> str:
         said = [f"{i}: epoch {s._turns.epoch}, {'at work' if s.worker else 'waiting'}" for i, (_, s) in sorted(self.stages.items())]
-        rounds = self.anchor[1].rounds if self.anchor else None
+        rounds = self.anchor[1].epochs.rounds if self.anchor else None
         return f"stages {said}; anchor {rounds and (rounds.epoch, rounds.phase.value, rounds.missing())}"
 
     def run(self) -> str:

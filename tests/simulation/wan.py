@@ -174,6 +174,7 @@ class Server:
         self.process, self.ledger, self.limits = process, ledger, NO_LIMITS
         self.handlers = {f"{service}/{name}": handler for name, handler in handlers.items()}
         self.wan: Wan = Wan.here
+        self.identity, self.trusted_network = None, True
 
     async def start(self, listen: str) -> str:
         return self.wan.listen(self, listen)
@@ -279,7 +280,7 @@ class Wan:
                 self.loop.call_later(SILENCE_S * self.rng.uniform(0.6, 1.0), self.break_, end)
 
     async def dial(
-        self, address: str, method: str, ledger: Ledger, who: str, wait_s: float, on_wait: Any = None
+        self, address: str, method: str, ledger: Ledger, who: str, wait_s: float, *_: Any, **__: Any
     ) -> Stream:
         process = CURRENT.get()
         assert process is not None

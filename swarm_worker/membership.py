@@ -130,6 +130,8 @@ async def await_start(
                     take_bases(bases)
             case FrameKind.FENCE if answer is not None:
                 await membership.anchor.send(await answer(from_bytes(Fence, frame.payload)))
+            case FrameKind.CORRECTION | FrameKind.SNAPSHOT_HELD:
+                pass  # meant for whoever held this stage; corrections are said again after START
             case FrameKind.START:
                 start = from_bytes(Start, frame.payload)
                 if len(start.stage_addresses) != membership.manifest.stages:

@@ -63,7 +63,9 @@ class Processes:
         """Start anew whoever was killed; whether the run is still on. Raises where somebody failed."""
         for name, process in self.running.items():
             code = process.poll()
-            assert code in (None, 0, -signal.SIGKILL), f"{name}: {code}\n{(self.out / f'{name}.log').read_text()[-2000:]}"
+            assert code in (None, 0, -signal.SIGKILL), (
+                f"{name}: {code}\n{(self.out / f'{name}.log').read_text()[-2000:]}"
+            )
             if code == -signal.SIGKILL:
                 self.running[name] = self._start(name, *(["--resume"] if name == "anchor" else []))
         return self.running["anchor"].poll() is None
@@ -124,7 +126,9 @@ def test_processes_that_die_at_named_points_lose_nothing(run_file: Path, calm: A
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_frozen_stage_that_wakes_again_is_no_second_one(stage: int, run_file: Path, calm: Any, tmp_path: Path) -> None:
+def test_a_frozen_stage_that_wakes_again_is_no_second_one(
+    stage: int, run_file: Path, calm: Any, tmp_path: Path
+) -> None:
     swarm = type(calm)(run_file, tmp_path / "run")
     processes = Processes(run_file, swarm.out, 3)
     try:

@@ -228,8 +228,9 @@ def test_local_makes_a_whole_run_folder_and_resumes(tmp_path: Path) -> None:
 def start_local(out: Path) -> subprocess.Popen[str]:
     """An open-ended local swarm that has decided its first ticks."""
     process = subprocess.Popen(
-        local(out, "--ticks", 0), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        local(out, "--ticks", 0), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509 - tests may run under nohup
+    )  # fmt: skip
     journal, deadline = out / "journal.jsonl", time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
         if journal.exists() and len(journal.read_text().splitlines()) >= 3:

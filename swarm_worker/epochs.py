@@ -146,7 +146,9 @@ class Epochs:
         attempt = Rebuilding(compute or self._fresh(), shard, start.epoch)
         attempt.replay(self._redo.records(base, version))
         voted, built = self._redo.voted, attempt.done
-        if self._stage == 0 and start.reported_tick < base:  # the anchor may have been away for longer than a checkpoint
+        if (
+            self._stage == 0 and start.reported_tick < base
+        ):  # the anchor may have been away for longer than a checkpoint
             built.rows = [from_bytes(Report, r.row) for r in self._redo.records(0, version) if r.row]
         left = self._redo.cut(version)
         if built.position.tick < start.tick and voted is not None:  # it has voted, and hears the decision only now

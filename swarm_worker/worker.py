@@ -357,7 +357,9 @@ class StageWorker:
             header = header_of(FrameKind.VOTE, self.run_id, stamp, self.span.stage - 1)
             self.above.post(Frame(header, to_bytes(vote)))
             return
-        if len(newest := {v.basis_held for v in vote.votes}) == 1:  # an older one may have passed by a stage that was cut off
+        if (
+            len(newest := {v.basis_held for v in vote.votes}) == 1
+        ):  # an older one may have passed by a stage that was cut off
             self._basis_held = newest.pop()
         batch = self.admission.batches[stamp.batch]
         tokens = sum(batch.layout(stamp.slice, i).tokens for i in range(stamp.microbatches))

@@ -82,7 +82,9 @@ class Judge:
     def starts(self, epoch: int, version: Version) -> None:
         """The anchor names where an epoch begins."""
         if self.published is not None and not self._contains_published(version):
-            self.object(f"epoch {epoch} begins at tick {version[0]}, and tick {self.published[0] - 1} is lost, though it was told")
+            self.object(
+                f"epoch {epoch} begins at tick {version[0]}, and tick {self.published[0] - 1} is lost, though it was told"
+            )
         self.published = version  # which everybody is told
 
     def _contains_published(self, version: Version) -> bool:
@@ -161,9 +163,13 @@ class PretendCompute:
         said = json.loads(bytes(packet or b""))
         stage = self.span.stage
         if said["basis"] != self.bases.get(stamp.basis_version):
-            self.judge.object(f"stage {stage} reads a packet of {said['basis']} under {self.bases.get(stamp.basis_version)}")
+            self.judge.object(
+                f"stage {stage} reads a packet of {said['basis']} under {self.bases.get(stamp.basis_version)}"
+            )
         if said["place"] != place or said["version"] != [stamp.tick, stamp.lineage]:
-            self.judge.object(f"stage {stage} reads a packet of {said['place']}, tick {said['version'][0]}, as one of {place}")
+            self.judge.object(
+                f"stage {stage} reads a packet of {said['place']}, tick {said['version'][0]}, as one of {place}"
+            )
         if forward and stamp.mode is Mode.TRAIN:
             mine = self._references.get(f"came {place}", "")
             if said["refers"] and (said["refers"] != mine or self.world.forgets(stage, stamp, place)):
@@ -216,7 +222,9 @@ class PretendCompute:
 
     def tally(self, stamp: Stamp) -> Tally:
         if len(self._gathered) != stamp.microbatches:
-            self.judge.object(f"stage {self.span.stage} tallies {len(self._gathered)} of {stamp.microbatches} gradients")
+            self.judge.object(
+                f"stage {self.span.stage} tallies {len(self._gathered)} of {stamp.microbatches} gradients"
+            )
         gated, broken = self.world.verdict(stamp)
         self._tallied = stamp
         fault = "NaN" if broken == self.span.stage and stamp.microbatches else ""
@@ -227,7 +235,9 @@ class PretendCompute:
             return []
         tallied, self._tallied = self._tallied, None
         if tallied != stamp or stamp.tick != self.tick:
-            self.judge.object(f"stage {self.span.stage} at tick {self.tick} applies tick {stamp.tick}, having tallied {tallied}")
+            self.judge.object(
+                f"stage {self.span.stage} at tick {self.tick} applies tick {stamp.tick}, having tallied {tallied}"
+            )
         if decide.outcome == Outcome.COMMIT:
             self.weights = chain(self.weights, self._gathered, decide.coefficient, stamp.step)
             self._references |= self._staged
@@ -291,7 +301,9 @@ def journal_line(stamp: Stamp, decide: Decide) -> tuple[Any, ...]:
     return (*what, int(decide.outcome), decide.coefficient)
 
 
-def undisturbed(stages: list[PretendCompute], lines: list[tuple[Stamp, Decide]], begin: Callable[[int, int], None]) -> None:
+def undisturbed(
+    stages: list[PretendCompute], lines: list[tuple[Stamp, Decide]], begin: Callable[[int, int], None]
+) -> None:
     """The journal carried out by one process, round after round. `begin(batch, basis)` hands everybody a batch."""
     batch = None
     for stamp, decide in lines:

@@ -103,6 +103,7 @@ class Plan:
             weather=Weather(
                 0.0 if calm else 0.3 * draw.random() ** 4,
                 0.5 * draw.random(),
+                draw.choice((0.0, 0.3)),
                 draw.choice((0.3, 1.0, 5.0)),
                 draw.choice((0.0, 0.05, 0.3)),
             ),
@@ -189,12 +190,16 @@ class ShakenSwarm:
         monkey.setattr(swarm_worker.epochs, "pick_device", lambda name: torch.device("cpu"))
         monkey.setattr(swarm_worker.epochs, "read_shape", lambda path: SimpleNamespace(tied=False))
         monkey.setattr(Epochs, "_fresh", lambda e: PretendCompute(e._manifest, e._stage, judge, self.world))
-        self._watch(monkey, Epochs, "set_up", lambda e, start: judge.works(e._stage, start.epoch, (CURRENT.get(), start.epoch)))
+        self._watch(
+            monkey, Epochs, "set_up", lambda e, start: judge.works(e._stage, start.epoch, (CURRENT.get(), start.epoch))
+        )
         self._watch(monkey, Journal, "write", lambda j, stamp, decide, *_: judge.decides(stamp, decide))
         self._watch(monkey, StageWorker, "_send_decision", lambda w, stamp, decide: judge.tells(stamp, decide))
         self._watch(monkey, StageProcess, "_serve_above", self._linked)
         self._watch(monkey, anchor_node.epochs.Epochs, "_start", self._starts_again)
-        self._watch(monkey, AnchorService, "fail", lambda s, error: self._object(f"the anchor fails the run: {error}", error))
+        self._watch(
+            monkey, AnchorService, "fail", lambda s, error: self._object(f"the anchor fails the run: {error}", error)
+        )
 
     def _watch(self, monkey: pytest.MonkeyPatch, owner: type, name: str, look: Callable[..., None]) -> None:
         original = getattr(owner, name)
@@ -264,8 +269,10 @@ class ShakenSwarm:
         return folder.is_dir() and len(list(folder.glob("*/tick-00000000.log"))) == self.plan.stages
 
     def _may_lose_anchor(self) -> bool:
-        return self.anchor is not None and self.anchor[0].alive and (
-            recall(self.out, self.manifest.digest()) is None or self._at_work()
+        return (
+            self.anchor is not None
+            and self.anchor[0].alive
+            and (recall(self.out, self.manifest.digest()) is None or self._at_work())
         )
 
     def _at_work(self, besides: int = -1) -> bool:
@@ -427,22 +434,18 @@ class ShakenSwarm:
             main = lambda process, stage=stage: self._stage(stage, process)  # noqa: E731
             keeping.append(loop.create_task(self._keep_up(f"stage {stage}", f"host {stage}", main)))
         keeping.append(loop.create_task(self._keep_up("sampler", "host 0", self._sampler)))
-        storm = loop.create_task(self._storm())
+        keeping.append(loop.create_task(self._storm()))
         while not self.reason and not self.judge.trouble:
             await asyncio.sleep(0.5)
             if self.loop.now > self.plan.storm_s + HEALED_S:
                 self.judge.trouble = f"no progress in {HEALED_S:.0f} s after all was well again: {self._standstill()}"
-        storm.cancel()
         await asyncio.sleep(8.0)  # whoever is told to leave leaves
-        for task in (*keeping, *(t for p in self._processes() for t in list(p.tasks))):
-            task.cancel()
-        await asyncio.sleep(0)
-
-    def _processes(self) -> list[Process]:
-        return [process for process, _ in self.stages.values()] + ([self.anchor[0]] if self.anchor else [])
 
     def _standstill(self) -> str:
-        said = [f"{i}: epoch {s._turns.epoch}, {'at work' if s.worker else 'waiting'}" for i, (_, s) in sorted(self.stages.items())]
+        said = [
+            f"{i}: epoch {s._turns.epoch}, {'at work' if s.worker else 'waiting'}"
+            for i, (_, s) in sorted(self.stages.items())
+        ]
         rounds = self.anchor[1].epochs.rounds if self.anchor else None
         return f"stages {said}; anchor {rounds and (rounds.epoch, rounds.phase.value, rounds.missing())}"
 
@@ -461,8 +464,17 @@ class ShakenSwarm:
             for _, shell in self.stages.values():
                 if hasattr(shell, "epochs"):
                     shell.epochs._redo.close()
+            self._end_tasks()
             self.loop.close()
         return self.judge.trouble
+
+    def _end_tasks(self) -> None:
+        for process in (*(p for p, _ in self.stages.values()), *([self.anchor[0]] if self.anchor else [])):
+            process.kill()
+        while tasks := asyncio.all_tasks(self.loop):
+            for task in tasks:
+                task.cancel()
+            self.loop.run_until_complete(asyncio.wait(tasks))
 
     def _check_end(self) -> None:
         """All ticks, once each, in journal and books, with the weights of a run that nothing has disturbed."""

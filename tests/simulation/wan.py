@@ -39,6 +39,7 @@ class Weather:
 
     loss: float = 0.0
     twice: float = 0.0
+    quiet: float = 0.0  # share of closed streams whose other end finds out by silence
     most_delay_s: float = 0.3
     slow: float = 0.0  # share of messages that take up to `most_delay_s`; the others a hundredth of it
 
@@ -78,7 +79,9 @@ class End:
             wan.happened("lost")
             self.wan.break_(self)
             return
-        when = max(self.arrival, wan.loop.now + wan.delay_s(), wan.blocked_until(self.process.host, self.peer.process.host))
+        when = max(
+            self.arrival, wan.loop.now + wan.delay_s(), wan.blocked_until(self.process.host, self.peer.process.host)
+        )
         self.arrival = when + 1e-6
         wan.loop.call_at(when, self.peer.take, item)
 
@@ -168,7 +171,9 @@ class Stream(FrameStream):
 class Server:
     """In place of the real one; an address is a number of the process."""
 
-    def __init__(self, service: str, handlers: dict[str, Callable[[FrameStream], Awaitable[None]]], ledger: Ledger) -> None:
+    def __init__(
+        self, service: str, handlers: dict[str, Callable[[FrameStream], Awaitable[None]]], ledger: Ledger
+    ) -> None:
         process = CURRENT.get()
         assert process is not None
         self.process, self.ledger, self.limits = process, ledger, NO_LIMITS
@@ -256,6 +261,8 @@ class Wan:
             end.error = PeerLost("closed here")
             end._wake()
             when = max(end.arrival, self.loop.now + self.delay_s())
+            if self.rng.random() < self.weather.quiet:
+                when += SILENCE_S * self.rng.random()
             self.loop.call_at(when, end.peer.hears, PeerLost("the other end closed the stream"))
         self._forget(end)
 

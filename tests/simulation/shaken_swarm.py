@@ -45,7 +45,7 @@ from swarm_core.knobs import RunSection, SamplerSection, SwarmSection
 from swarm_core.learning.partition import Span
 from swarm_core.learning.rollout import Completion, RolloutBatch
 from swarm_core.manifest import Manifest
-from swarm_core.wire.errors import PeerLost, StageTaken, Unreachable, WireError
+from swarm_core.wire.errors import NothingHeld, PeerLost, StageTaken, Unreachable, WireError
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import BasisSet, Decide, FrameKind, Hello, Order, from_bytes, to_bytes
@@ -230,7 +230,7 @@ class ShakenSwarm:
     def _work_s(self, process: Process | None) -> float:
         if process is None or not process.name.startswith("stage"):
             return 0.02
-        scale = self.plan.speed[int(process.name.split()[1])] if self.stormy else 0.02
+        scale = self.plan.speed[int(process.host.split()[1])] if self.stormy else 0.02
         return scale * self.rng.random()
 
     # Dying -------------------------------------------------------------------------------------------------------------
@@ -312,7 +312,8 @@ class ShakenSwarm:
             if not gone:
                 self._kill(process)
             error = None if task.cancelled() else task.exception()
-            if isinstance(error, (*MEANT, Died)):
+            stranger = isinstance(error, NothingHeld) and "stranger" in process.name
+            if isinstance(error, (*MEANT, Died)) or stranger:
                 self.judge.note(f"{name.split()[0]} ended: {type(error).__name__}", not gone)
             elif error is not None and not gone:
                 self._object(f"{name} ended with {type(error).__name__}: {error}", error)
@@ -322,6 +323,10 @@ class ShakenSwarm:
 
     async def _stage(self, stage: int, process: Process) -> None:
         arguments = StageArguments(stage, ANCHOR, f"10.0.0.{stage}:0", out=self.out, wait_s=600.0, entry=PLAIN)
+        if self.begun and self.stormy and self.rng.random() < 0.05:  # somebody has the wrong folder
+            self.judge.note("strangers")
+            process.name += ", a stranger"
+            arguments = replace(arguments, out=self.out.with_name(f"stranger {self.loop.now}"))
         shell = StageProcess(arguments, signals=False)
         self.stages[stage] = process, shell
         await shell.run()

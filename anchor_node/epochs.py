@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from anchor_node.checkpoints import set_later_aside
 from anchor_node.roster import Member
 from anchor_node.rounds import Line, Phase, Rounds
+from anchor_node.samplers import EVALUATION
 from swarm_core.wire.errors import StaleEpoch
 from swarm_core.wire.messages import Fence, FrameKind, Held, Start
 from swarm_core.wire.outbox import Outbox
@@ -66,8 +67,13 @@ class Epochs:
             self._post_fence(box)
 
     def asked(self, fence: Fence) -> None:
-        """A stage cannot go on. Others have said so before, or the run has finished."""
-        if fence.epoch == self.rounds.epoch and self.rounds.phase is Phase.WORKING and self._anchor.owed is None:
+        """A stage cannot go on. Others may have said so before, or it has heard the last decision and misses nothing."""
+        owed = self._anchor.owed
+        if (
+            fence.epoch == self.rounds.epoch
+            and self.rounds.phase is Phase.WORKING
+            and (owed is None or owed - {EVALUATION})
+        ):
             self.fence(fence.reason)
 
     def take(self, stage: int, held: Held) -> None:

@@ -317,7 +317,9 @@ class AnchorService:
 
     def _finish(self, words: dict[str, str]) -> None:
         self._reason = words["message"]
-        self.owed = {words["checkpoint"]} - self._complete  # where a run ends without another tick, it may be there already
+        self.owed = {
+            words["checkpoint"]
+        } - self._complete  # where a run ends without another tick, it may be there already
         # The sampler's answer has a stream of its own, and may have been faster.
         if words["evaluation"] == "yes" and self.samplers.expected and self.memory.evaluated < int(words["tick"]):
             self.owed.add(EVALUATION)

@@ -7,24 +7,26 @@ What is mirrored here is thin: how a process is started and started again (cli.p
 from __future__ import annotations
 
 import asyncio
-import json
+import importlib.metadata
 import logging
 import os
 import random
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from aftermath import check_end
+from bad_day import Plan
 from disk import Disk
-from pretend import Judge, Objection, PretendCompute, World, undisturbed
+from pretend import Judge, Objection, PretendCompute, World
 from virtual_loop import CURRENT, Died, Process, Stuck, VirtualLoop
-from wan import Server, Stream, Wan, Weather
+from wan import Server, Stream, Wan
 
 import anchor_node.epochs
 import anchor_node.service
@@ -39,95 +41,24 @@ from anchor_node.checkpoints import found
 from anchor_node.memory import kept_bases, recall
 from anchor_node.rounds import Line
 from anchor_node.service import AnchorService
-from swarm_core.config import RunConfig
-from swarm_core.knobs import CheckpointSection, DataSection, DggSection, GrpoSection, LinksSection, ModelSection
-from swarm_core.knobs import RunSection, SamplerSection, SwarmSection
-from swarm_core.learning.partition import Span
-from swarm_core.learning.rollout import Completion, RolloutBatch
-from swarm_core.manifest import Manifest
 from swarm_core.wire.errors import NothingHeld, PeerLost, StageTaken, Unreachable, WireError
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
-from swarm_core.wire.messages import BasisSet, Decide, FrameKind, Hello, Order, from_bytes, to_bytes
-from swarm_core.wire.rollouts import read_rollouts, rollouts_message
+from swarm_core.wire.messages import BasisSet, FrameKind, Hello, Order, from_bytes, to_bytes
+from swarm_core.wire.rollouts import rollouts_message
 from swarm_worker import failpoints
 from swarm_worker.entry import Entry
 from swarm_worker.epochs import Epochs
 from swarm_worker.failpoints import POINTS
 from swarm_worker.journal import Journal
 from swarm_worker.stage_process import StageArguments, StageProcess
-from swarm_worker.stage_zero import batch_of
 from swarm_worker.worker import StageWorker
 
 PLAIN = Entry(trusted_network=True)
-VOCAB, ANCHOR = 40, "10.0.9.9:7000"
+ANCHOR = "10.0.9.9:7000"
 HEALED_S = 900.0  # of virtual time from the moment that all is well again to the last tick: dialling gives up after 60
 MEANT = (PeerLost, Unreachable, StageTaken)  # what a process may end with: it is started again
 Patch = Callable[[pytest.MonkeyPatch], None]
-
-
-@dataclass
-class Plan:
-    """One run, and what will be done to it. Everything follows from the seed."""
-
-    seed: int
-    stages: int = 3
-    ticks: int = 10
-    per_pass: int = 2
-    reuse: int = 2
-    every: int = 3
-    keep: int = 2
-    overlap: bool = True
-    probe_every: int = 0
-    weather: Weather = field(default_factory=Weather)
-    storm_s: float = 40.0
-    rate: float = 0.15  # of deaths, freezes and partitions, a second
-    power: float = 0.4  # share of deaths that take what was not synced
-    failpoint: float = 0.004  # chance to die at each named point and each sync
-    speed: tuple[float, ...] = (0.05,)
-
-    @classmethod
-    def of(cls, seed: int) -> Plan:
-        draw = random.Random(f"plan {seed}")
-        calm = seed % 10 == 0
-        return cls(
-            seed,
-            stages=draw.choice((1, 2, 2, 3, 3, 4)),
-            ticks=draw.randint(6, 12),
-            per_pass=draw.randint(1, 2),
-            reuse=draw.randint(1, 3),
-            every=draw.choice((0, 2, 3, 5)),
-            keep=draw.randint(1, 2),
-            overlap=draw.random() < 0.7,
-            probe_every=draw.choice((0, 0, 3)),
-            weather=Weather(
-                0.0 if calm else 0.3 * draw.random() ** 4,
-                0.5 * draw.random(),
-                draw.choice((0.0, 0.3)),
-                draw.choice((0.3, 1.0, 5.0)),
-                draw.choice((0.0, 0.05, 0.3)),
-            ),
-            rate=0.0 if calm else draw.choice((0.05, 0.1, 0.3)),
-            failpoint=0.0 if calm else draw.choice((0.0, 0.01, 0.03)),
-            speed=tuple(draw.choice((0.02, 0.1, 0.3)) for _ in range(4)),
-        )
-
-    def manifest(self) -> Manifest:
-        config = RunConfig(
-            run=RunSection(ticks=self.ticks, seed=self.seed),
-            model=ModelSection(path="model"),
-            data=DataSection(train="train.jsonl"),
-            swarm=SwarmSection(stages=self.stages, microbatch_size=2),
-            grpo=GrpoSection(
-                prompts_per_batch=4, completions_per_prompt=2, ticks_per_pass=self.per_pass, max_reuse=self.reuse
-            ),
-            dgg=DggSection(),
-            links=LinksSection(fidelity_every=self.probe_every),
-            sampler=SamplerSection(overlap=self.overlap),
-            checkpoint=CheckpointSection(every=self.every, keep=self.keep),
-        )
-        spans = tuple(Span(i, self.stages, i, i + 1) for i in range(self.stages))
-        return Manifest(config, spans, 8, VOCAB, "the model")
 
 
 class _Keeper:
@@ -187,6 +118,7 @@ class ShakenSwarm:
             monkey.setattr(module, "read_bases", lambda bases, *_: f"basis {bases.version}")
         monkey.setattr(swarm_worker.epochs, "resolve", Path)
         monkey.setattr(swarm_worker.epochs, "fingerprint", lambda path: self.manifest.model_fingerprint)
+        monkey.setattr(importlib.metadata, "version", lambda name: "0")
         monkey.setattr(swarm_worker.epochs, "pick_device", lambda name: torch.device("cpu"))
         monkey.setattr(swarm_worker.epochs, "read_shape", lambda path: SimpleNamespace(tied=False))
         monkey.setattr(Epochs, "_fresh", lambda e: PretendCompute(e._manifest, e._stage, judge, self.world))
@@ -369,23 +301,10 @@ class ShakenSwarm:
                 while (frame := await stream.receive()) is not None:
                     order = from_bytes(Order, frame.payload)
                     await asyncio.sleep(self.rng.uniform(0.0, 2.0))
-                    message = rollouts_message(self.rollouts(order.batch, order.weight_version))
+                    message = rollouts_message(self.plan.rollouts(order.batch, order.weight_version))
                     await stream.send(Frame(Header(FrameKind.ROLLOUTS, batch=order.batch), to_bytes(message)))
             except (PeerLost, Unreachable):
                 await asyncio.sleep(0.3)
-
-    def rollouts(self, number: int, version: int = 0) -> RolloutBatch:
-        """What a batch holds is a function of its number."""
-        draw = random.Random(f"rollouts {self.plan.seed} {number}")
-        completions = []
-        for prompt in range(4):
-            ids = [draw.randrange(3, VOCAB) for _ in range(2)]
-            settled = draw.random() < 0.25  # no signal
-            for i in range(2):
-                text = [draw.randrange(3, VOCAB) for _ in range(draw.randint(1, 3))]
-                reward = 1.0 if settled else float(i)
-                completions.append(Completion(prompt, ids, text, [-1.0] * len(text), reward, False))
-        return RolloutBatch(number, version, 2, completions)
 
     # A bad day -----------------------------------------------------------------------------------------------------------
 
@@ -436,7 +355,7 @@ class ShakenSwarm:
         loop = asyncio.get_running_loop()
         keeping = [loop.create_task(self._keep_up("anchor", "host anchor", self._anchor))]
         for stage in range(self.plan.stages):
-            main = lambda process, stage=stage: self._stage(stage, process)  # noqa: E731
+            main = lambda process, stage=stage: self._stage(stage, process)
             keeping.append(loop.create_task(self._keep_up(f"stage {stage}", f"host {stage}", main)))
         keeping.append(loop.create_task(self._keep_up("sampler", "host 0", self._sampler)))
         keeping.append(loop.create_task(self._storm()))
@@ -461,7 +380,9 @@ class ShakenSwarm:
         try:
             self.loop.run_until_complete(self._live())
             if not self.judge.trouble:
-                self._check_end()
+                if self.reason != f"all {self.plan.ticks} ticks are done":
+                    self.judge.object(f"the run ends with {self.reason!r}")
+                check_end(self.plan, self.judge, self.out, stage_0_died=self.deaths[0] > 0)
         except (Objection, Stuck) as error:
             self._object(str(error))
         finally:
@@ -480,50 +401,6 @@ class ShakenSwarm:
             for task in tasks:
                 task.cancel()
             self.loop.run_until_complete(asyncio.wait(tasks))
-
-    def _check_end(self) -> None:
-        """All ticks, once each, in journal and books, with the weights of a run that nothing has disturbed."""
-        ticks, judge = self.plan.ticks, self.judge
-        if self.reason != f"all {ticks} ticks are done":
-            judge.object(f"the run ends with {self.reason!r}")
-        assert judge.published is not None
-        version, lines = judge.published, []
-        while version[0] > 0:
-            lines.append(judge.decisions[version])
-            version = judge.parents[version]
-        lines.reverse()
-        path = self.out / "journal.jsonl"
-        journal = [json.loads(line) for line in path.read_text().splitlines()]
-        told = [(s.tick, s.epoch, f"{s.lineage:016x}", d.coefficient.hex()) for s, d in lines]
-        if told != [(row["tick"], row["epoch"], row["lineage"], row["coefficient"]) for row in journal]:
-            judge.object("the journal is not what was decided")
-        books = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        rows = sorted(row["tick"] for row in books if row["type"] == "tick")
-        # A report that nobody has heard dies with stage 0, unless the log still has it: it goes back two checkpoints.
-        if rows != list(range(ticks)) and (len(set(rows)) < len(rows) or self.plan.every == 0 or not self.deaths[0]):
-            judge.object(f"the books have ticks {rows}")
-        if not found(self.out) or found(self.out)[-1].tick != ticks:
-            judge.object("the last checkpoint is not complete")
-        self._check_weights(lines)
-
-    def _check_weights(self, lines: list[tuple[Any, Decide]]) -> None:
-        judge = Judge(self.plan.seed)
-        stages = [PretendCompute(self.manifest, i, judge, self.world) for i in range(self.plan.stages)]
-        judge.parents = self.judge.parents
-
-        def begin(number: int, basis: int) -> None:
-            message = rollouts_message(self.rollouts(number))
-            config = self.manifest.config
-            batch = batch_of(read_rollouts(message, VOCAB), config, stages[0].loss_spec)[0]
-            for stage in stages:
-                stage.add_batch(batch)
-                stage.add_bases(basis, f"basis {basis}")
-
-        undisturbed(stages, lines, begin)
-        for stage in stages:
-            got = self.judge.weights.get((stage.span.stage, stage.history))
-            if got != stage.weights:
-                self.judge.object(f"stage {stage.span.stage} ends with {got}, undisturbed it has {stage.weights}")
 
 
 def shake(seed: int, folder: Path, mutate: Patch | None = None, **changes: Any) -> ShakenSwarm:

@@ -125,7 +125,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
                 value, done = func(*args), result.set_result
             except Died:
                 return
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  whatever it is, it is told to whoever waits for it
                 value, done = error, result.set_exception
             self.call_later(lasts, end, done, value)
 

@@ -195,7 +195,7 @@ class Server:
             with_error = type(error)(str(error))
         except PeerLost:
             with_error = PeerLost("the other end gave up")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, it is an objection
             self.wan.objection(f"{self.process.name}: {method} failed with {type(error).__name__}: {error}", error)
             return
         if end.error is None and end.process.alive:

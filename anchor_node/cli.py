@@ -22,6 +22,8 @@ EXAMPLES = """examples:
   anchor_node token revoke --out runs/demo 3f9c
   anchor_node serve --config run.toml --dry-run
       check the run file, model, data, reward and tokenizer, and print the plan: stages, bytes a tick, memory
+  anchor_node status --anchor anchor.example.org:7400
+      where the swarm stands, also when it hangs: who is there, who waits for what, since when
   anchor_node export runs/demo --to exported
       write the newest checkpoint as a model that transformers loads
   anchor_node report runs/demo
@@ -74,7 +76,32 @@ def parser() -> argparse.ArgumentParser:
         help="of each certificate, renewed at 2/3 (default %(default)s)",
     )
     serve.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    serve.add_argument(
+        "--health-port",
+        type=int,
+        metavar="PORT",
+        help="answer /startup, /ready and /live there over plain HTTP (default: nowhere)",
+    )
     serve.add_argument("--log", type=Path, metavar="FILE", help="write the log there instead of to stderr")
+
+    status = commands.add_parser(
+        "status", help="where a running swarm stands", epilog=EXAMPLES, formatter_class=top.formatter_class
+    )
+    whom = status.add_mutually_exclusive_group(required=True)
+    whom.add_argument("--anchor", metavar="HOST:PORT", help="the anchor's address")
+    whom.add_argument("--out", type=Path, metavar="DIR", help="the run folder of an anchor on this machine")
+    status.add_argument("--tls", action="store_true", help="with --out: the anchor there was started with TLS")
+    status.add_argument(
+        "--certificate", type=Path, metavar="FILE", help="with --anchor over TLS: a worker's OUT/identity/stage-2.pem"
+    )
+    status.add_argument("--json", action="store_true", help="everything that is known, as JSON")
+    status.add_argument(
+        "--wait",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="how long to wait for the anchor (default %(default)s)",
+    )
 
     export = commands.add_parser(
         "export", help="write a checkpoint in Hugging Face layout", epilog=EXAMPLES, formatter_class=top.formatter_class
@@ -118,6 +145,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_to_exit_code(name, lambda: _serve(arguments))
     if arguments.command == "token":
         return run_to_exit_code(f"{name} {arguments.verb}", lambda: _on_token(arguments))
+    if arguments.command == "status":
+        from anchor_node.status import show_status
+
+        return run_to_exit_code(
+            name,
+            lambda: show_status(
+                arguments.anchor,
+                arguments.out,
+                as_json=arguments.json,
+                wait_s=arguments.wait,
+                certificate=arguments.certificate,
+                tls=arguments.tls,
+            ),
+        )
     if arguments.command == "export":
         from anchor_node.export import export_run
 
@@ -141,7 +182,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     life_s = read_certificate_life(arguments.certificate_life)
     admission = Admission(arguments.tls, arguments.insecure, arguments.trusted_network, life_s)
     given = ServeArguments(
-        config, arguments.config, arguments.listen, arguments.out, arguments.resume, arguments.resume_from, admission
+        config,
+        arguments.config,
+        arguments.listen,
+        arguments.out,
+        arguments.resume,
+        arguments.resume_from,
+        admission,
+        arguments.health_port,
     )
     reason = asyncio.run(serve(given))
     print(f"The run is over: {reason}.")

@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 INK, MUTED, GRID, CARD = "#010203", "#040506", "#070809", "#0a0b0c"
 BLUE, ORANGE, GREEN, PURPLE = "#0d0e0f", "#101112", "#131415", "#161718"
 AMBER, SKY, BROWN = "#191a1b", "#1c1d1e", "#1f2021"
-VIOLET, OLIVE, ROSE = "#222324", "#252627", "#28292a"
+VIOLET, OLIVE, ROSE, TEAL = "#222324", "#252627", "#28292a", "#2b2c2d"
 VARIABLES = {
     INK: "--ink", MUTED: "--muted", GRID: "--grid", CARD: "--card", BLUE: "--blue", ORANGE: "--orange",
     GREEN: "--green", PURPLE: "--purple", AMBER: "--amber", SKY: "--sky",
-    BROWN: "--brown", VIOLET: "--violet", OLIVE: "--olive", ROSE: "--rose",
+    BROWN: "--brown", VIOLET: "--violet", OLIVE: "--olive", ROSE: "--rose", TEAL: "--teal",
 }  # fmt: skip
-SERIES = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BROWN, VIOLET, OLIVE, ROSE)
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BROWN, VIOLET, OLIVE, ROSE, TEAL)
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 WIDE_PX, NARROW_PX = 1000, 350
@@ -46,11 +46,11 @@ MANY = 40
 PAGE_CSS = """
 :root { color-scheme: light dark; --paper: #f7f6f3; --card: #ffffff; --ink: #21252b; --muted: #636b76; --grid: #e2e2de;
   --blue: #0072b2; --orange: #c94f00; --green: #00805c; --purple: #a8518a; --amber: #a87400; --sky: #2f8fc4;
-  --brown: #7a5537; --violet: #6553b5; --olive: #6f7a12; --rose: #c0304f; }
+  --brown: #7a5537; --violet: #6553b5; --olive: #6f7a12; --rose: #c0304f; --teal: #00696b; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #15171a; --card: #1d2024; --ink: #e6e6e3; --muted: #9aa1ab; --grid: #363b42;
     --blue: #62b0ea; --orange: #ff8a4c; --green: #3fc79c; --purple: #de94c2; --amber: #edb72e; --sky: #9ad4f7;
-    --brown: #c9a283; --violet: #a99cf5; --olive: #c3cc5c; --rose: #ff7c93; } }
+    --brown: #c9a283; --violet: #a99cf5; --olive: #c3cc5c; --rose: #ff7c93; --teal: #5fd3d0; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); -webkit-text-size-adjust: 100%;
   font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Helvetica Neue", sans-serif; }

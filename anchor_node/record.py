@@ -30,7 +30,7 @@ UPKEEP = {
     "fidelity": "fidelity probes",
 }
 #: Reading order of tables and plots: the fast path first, then the slow loop, then everything else.
-KIND_ORDER = (*LINK_KINDS, *UPKEEP, "weights", "rollout", "state", "control")
+KIND_ORDER = (*LINK_KINDS, *UPKEEP, "weights", "rollout", "state", "control", "beat")
 
 Row = Mapping[str, Any]
 

@@ -82,7 +82,7 @@ class Rounds:
         if not common([mine, *(versions_of(other) for other in self._held.values())]):
             raise NothingHeld(
                 f"stage {stage} holds {_span(mine)}, which no other stage shares: start it with the --out folder of the "
-                f"worker that held stage {stage}, or end the run and --resume it from its newest checkpoint"
+                f"worker that held stage {stage}, or with a copy of its redo and checkpoints folders"
             )
         self._held[stage] = held
         if self.missing():

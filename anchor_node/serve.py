@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from anchor_node.corrector import Corrector
 from anchor_node.live import LiveTable
 from anchor_node.memory import Memory, kept_bases, recall
 from anchor_node.service import AnchorService
+from anchor_node.standing import phase
 from anchor_node.steering import Steering
 from codec.spec import Direction
 from swarm_core.config import RunConfig
@@ -37,6 +39,7 @@ from swarm_core.models.architecture import eos_ids, fingerprint, read_shape, res
 from swarm_core.models.reading import load_tokenizer, open_stage
 from swarm_core.run_folder import ADDRESS_FILE, JOURNAL_FILE, MANIFEST_FILE, make_folder
 from swarm_core.wire.errors import BadFrame
+from swarm_core.wire.health import Health
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import BasisSet
 from swarm_core.wire.streams import dialable_here
@@ -56,6 +59,7 @@ class ServeArguments:
     resume: bool
     resume_from: str = ""  # the checkpoint to go back to, where it is not the newest
     admission: Admission = field(default_factory=Admission)
+    health_port: int | None = None
 
 
 def prepare(config: RunConfig) -> tuple[Manifest, Path]:
@@ -83,10 +87,13 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
     renewals = secure(service.server, arguments.listen, out, arguments.admission)
     address = await service.server.start(arguments.listen)
     service.address = dialable_here(address)
+    health = Health()
     with contextlib.ExitStack() as stack:
         try:
             if renewals is not None:
                 stack.callback(renewals.cancel)
+            await health.start(arguments.health_port, arguments.listen)
+            health.startup = health.ready = partial(_answering, service)
             stack.enter_context(_alone(out))
             if resume is None and memory is None:
                 _refuse_used(out)
@@ -94,6 +101,7 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
             _write_run_files(arguments, manifest, model_path)
         except BaseException:
             await service.server.stop()
+            await health.stop()
             raise
         if signals:
             _on_signals(service)
@@ -122,9 +130,15 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
         finally:
             reminder.cancel()
             await service.close()
+            await health.stop()
             screen.stop()
             service.books.close()
             (out / ADDRESS_FILE).unlink(missing_ok=True)
+
+
+def _answering(service: AnchorService) -> tuple[bool, str]:
+    """Started and ready are one to an anchor: members must be able to dial it, whatever the others do."""
+    return service.opened and not service.over.done(), phase(service)
 
 
 def _refuse_used(out: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,11 +15,14 @@ from anchor_node.books import Books
 from anchor_node.checkpoints import Checkpoint, CheckpointError, complete, found, set_later_aside
 from anchor_node.epochs import Epochs
 from anchor_node.memory import Memory
+from anchor_node.probing import Probing
 from anchor_node.roster import Member, Roster
 from anchor_node.samplers import EVALUATION, Samplers
 from anchor_node.slow_loop import SlowLoop
+from anchor_node.standing import Noted, tell
 from swarm_core.manifest import Manifest
-from swarm_core.wire.errors import BadFrame, PeerLost, Refused
+from swarm_core.wire.beats import Pulse
+from swarm_core.wire.errors import BadFrame, PeerLost, Refused, Silent
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
@@ -79,18 +83,25 @@ class AnchorService:
         self.roster = Roster(manifest.stages, self.digest, manifest.model_fingerprint, known)
         self.roster.epoch = self.memory.epoch
         self.epochs = Epochs(self)
-        self.screen, self.out, self.resume, self.ledger = screen, out, resume, ledger
+        self.screen, self.out, self.resume, self.ledger = Noted(screen), out, resume, ledger
         self.address = "HOST:PORT"  # where a sampler on this machine dials in
         self.tick = max(resume.tick if resume else 0, self.memory.tick)
         self._open = asyncio.Event()
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.server = Server("Anchor", {"Attend": self._attend, "Sample": self._sample}, ledger)
+        calls = {
+            "Attend": self._attend,
+            "Sample": self._sample,
+            "Status": partial(tell, self),
+            "Probe": Probing(self).serve,
+        }
+        self.server = Server("Anchor", calls, ledger)
         self.stages: dict[int, Outbox] = {}
         self.slow = SlowLoop(self)
+        self._pulse = Pulse("serving", lambda: (self.roster.epoch, self.tick))
         self._newest = 0  # tick of the newest report of any stage: it moves while the run does
         self.absent = Absences(lambda: self._newest)
         self.samplers = Samplers(self)
-        self._ledgered: dict[int, int] = {}  # stage -> the tick up to which its ledger rows have come
+        self.ledgered: dict[int, int] = {}  # stage -> the tick up to which its ledger rows have come
         self.owed: set[str] | None = None  # what the run still owes once it has finished: a checkpoint, an evaluation
         self._complete = {checkpoint.name for checkpoint in found(out)} if memory is not None else set()
         self._reason = "stopped before it began"
@@ -101,6 +112,11 @@ class AnchorService:
     @property
     def _run(self) -> int:
         return run_id(self.digest)
+
+    @property
+    def opened(self) -> bool:
+        """Whether those who dial are answered."""
+        return self._open.is_set()
 
     def open(self) -> None:
         """Answer those who have dialled; until now they wait (version 0 of the bases was being made)."""
@@ -134,8 +150,10 @@ class AnchorService:
             except Refused as error:
                 why = f"was refused: {error}"
                 raise
-            except PeerLost:
-                pass
+            except PeerLost as error:
+                if isinstance(error, Silent):
+                    self.event("silent", str(error))
+                    raise
             except Exception as error:
                 self.fail(error)  # ours, not the stage's: a full disk, a bug
                 raise
@@ -216,6 +234,7 @@ class AnchorService:
         box = Outbox(stream)
         task = asyncio.create_task(box.run())
         task.add_done_callback(lambda t: t.cancelled() or t.exception())  # its reader meets the same end
+        stream.heart.start(self._pulse, until=self.over)
         try:
             yield box
         finally:
@@ -246,7 +265,7 @@ class AnchorService:
                 if report.words.get("event") == "failed":
                     self._failure = self._failure or report.words["message"]
                 if report.type == "ledger":
-                    self._ledgered[member.stage] = report.tick
+                    self.ledgered[member.stage] = report.tick
                 self.book(member.number, box, report)
             case FrameKind.SKETCH | FrameKind.SNAPSHOT | FrameKind.SLICE:
                 self.slow.take(member.stage, frame)
@@ -297,7 +316,7 @@ class AnchorService:
             self.memory.tick = self.tick
             # The previous tick's: a tick's last ledger rows arrive after its metrics, after an outage long after.
             dense, packet = self.books.link_bytes(report.tick - 1)
-            if dense and all(self._ledgered.get(i, -1) >= report.tick - 1 for i in range(self.manifest.stages)):
+            if dense and all(self.ledgered.get(i, -1) >= report.tick - 1 for i in range(self.manifest.stages)):
                 report.numbers |= {"bytes/links_previous_tick": packet, "bytes/share_of_dense": packet / dense}
         row = self.books.report(report)
         if report.number:

@@ -1,6 +1,6 @@
 """How a command ends: one line and exit code 2 for what the user can mend, 1 for what broke, 130 for an interrupt.
 
-What --version prints is here too; no command and no error is.
+What is installed, as --version prints it and peers compare it, is here too; no command and no error is.
 """
 
 from __future__ import annotations
@@ -40,6 +40,17 @@ def version() -> str:
         return f"%(prog)s of kedge {importlib.metadata.version('kedge')}"
     except importlib.metadata.PackageNotFoundError:
         return "%(prog)s of kedge, not installed: run from its folder"
+
+
+def installed() -> dict[str, str]:
+    """The versions that two machines of a swarm should share; empty where a package is run from its folder."""
+    found = {}
+    for name in ("kedge", "torch", "grpcio", "protobuf"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = ""
+    return found
 
 
 def leave_terminal() -> None:

@@ -141,6 +141,8 @@ class AnchorLink:
 
     async def leave(self, wait_s: float) -> bool:
         """Wait until everything posted is in the anchor's books, then close. False: `wait_s` was not enough for that."""
+        if self._stream is not None:
+            self._stream.heart.stop()  # what it would count now, no report would carry
         with self._counted():
             try:
                 async with asyncio.timeout(wait_s):

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ EXAMPLES = """examples:
       go on from the newest checkpoint
   swarm_worker join --stage 2 --anchor anchor.example.org:7400 --listen 0.0.0.0:7402 --advertise me.example.org:7402
       hold stage 2 of the run that this anchor serves; --token TOKEN the first time (see `anchor_node token`)
+  swarm_worker doctor --anchor anchor.example.org:7400 --listen 0.0.0.0:7402 --advertise me.example.org:7402
+      would that work from here? names, ports, versions, clock, line, disk and device; nothing is joined
   swarm_worker sample --anchor anchor.example.org:7400 --engine hf
       generate rollouts for that run
 """
@@ -63,6 +66,22 @@ def parser() -> argparse.ArgumentParser:
     _common(sample)
     sample.add_argument("--engine", choices=("hf", "replay"), help="how rollouts are made (default: the manifest's)")
     sample.add_argument("--replay", type=Path, metavar="FILE", help="recorded rollouts, for --engine replay")
+
+    doctor = commands.add_parser(
+        "doctor", help="try out an anchor from here, and say what to do", epilog=EXAMPLES,
+        formatter_class=top.formatter_class,
+    )  # fmt: skip
+    doctor.add_argument("--anchor", required=True, metavar="HOST:PORT", help="the anchor's address")
+    doctor.add_argument("--listen", metavar="HOST:PORT", help="where the worker would listen: the anchor dials it back")
+    doctor.add_argument("--advertise", metavar="HOST:PORT", help="the address others would dial, if another")
+    doctor.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/worker"),
+        metavar="DIR",
+        help="where it would write (default %(default)s)",
+    )
+    _entry_options(doctor)
 
     local = commands.add_parser(
         "local", help="a whole swarm on this machine", epilog=EXAMPLES, formatter_class=top.formatter_class
@@ -117,6 +136,16 @@ def _common(command: argparse.ArgumentParser) -> None:
         help="how long to wait for the anchor (default %(default)s)",
     )
     command.add_argument(
+        "--health-port",
+        type=int,
+        metavar="PORT",
+        help="answer /startup, /ready and /live there over plain HTTP (default: nowhere)",
+    )
+    _entry_options(command)
+
+
+def _entry_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--token",
         default="",
         metavar="TOKEN",
@@ -143,12 +172,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     from swarm_core.exits import quiet_grpc, run_to_exit_code
 
     quiet_grpc()
+    if arguments.command in ("join", "sample"):
+        # Until it is at work there is no tick to end: SIGTERM is Ctrl-C, which closes streams, and says so.
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if arguments.command == "local":
         from swarm_worker.local import run_local
 
         return run_to_exit_code("swarm_worker local", lambda: run_local(arguments))
     if arguments.command == "join":
         return run_to_exit_code("swarm_worker join", lambda: _join(arguments))
+    if arguments.command == "doctor":
+        from swarm_worker.doctor import DoctorArguments, examine
+
+        asked = DoctorArguments(
+            arguments.anchor, arguments.listen, arguments.advertise, arguments.out, _entry(arguments)
+        )
+        return run_to_exit_code("swarm_worker doctor", lambda: examine(asked))
     code = run_to_exit_code("swarm_worker sample", lambda: _sample(arguments))
     logging.shutdown()
     os._exit(code)  # a generation under way cannot be interrupted, and the interpreter would wait for it
@@ -171,6 +210,7 @@ def _join(arguments: argparse.Namespace) -> None:
         wait_s=arguments.wait,
         limit_mbps=arguments.limit_mbps,
         entry=_entry(arguments),
+        health_port=arguments.health_port,
     )
     asyncio.run(hold_stage(given))
 
@@ -187,6 +227,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         model=arguments.model,
         wait_s=arguments.wait,
         entry=_entry(arguments),
+        health_port=arguments.health_port,
     )
     asyncio.run(serve_rollouts(wanted))
 

@@ -25,6 +25,7 @@ from swarm_worker.headers import Position, RoundKey
 from swarm_worker.redo import Kind, Record, Redo
 from swarm_worker.schedule import Compute, Lost, Op, Stamp
 from swarm_worker.shard import ShardWriter
+from swarm_worker.vitals import Toil
 
 Payload = memoryview | bytes | bytearray
 PACKET_OF = {
@@ -55,6 +56,7 @@ class ComputeThread:
         self.redo = redo
         self.position = position
         self.busy_s = 0.0
+        self.toil = Toil()
         self._executor = executor
         self._shards = shards
         self._deliveries: deque[tuple[Callable[[], None], Record]] = deque()
@@ -75,7 +77,9 @@ class ComputeThread:
         `stage_zero` is what a checkpoint keeps of stage 0's lead, on stage 0 when this command saves.
         """
         loop = asyncio.get_running_loop()
-        result, busy_s = await loop.run_in_executor(self._executor, self._timed, command, stage_zero)
+        saves = command.decide is not None and command.decide.checkpoint
+        with self.toil.over("apply and save" if saves else command.op.value):
+            result, busy_s = await loop.run_in_executor(self._executor, self._timed, command, stage_zero)
         self.busy_s += busy_s
         if isinstance(result, Applied):
             self.position = result.position

@@ -86,6 +86,22 @@ async def enter(
     return identity
 
 
+def visit(entry: Entry, anchor: str, out: Path) -> Identity | None:
+    """The identity to try an anchor out with, before joining: one that is kept below `out`, or a token, which is not used up.
+
+    None: no TLS. Raises UserError, Unauthenticated.
+    """
+    line = _token_line(entry.token or os.environ.get(TOKEN_VARIABLE, ""))
+    if entry.insecure or entry.trusted_network or not (line or entry.tls or not is_loopback(anchor)):
+        return None
+    for path in sorted((out / "identity").glob("*.pem")):
+        if not path.name.endswith(".pending.pem") and (identity := _kept(path, line)) is not None:
+            return identity
+    if not line:
+        raise Unauthenticated(f"with {anchor} a certificate is needed, and there is none below {out}: {HOW_TO_ENTER}")
+    return read_token(line).identity()
+
+
 def _token_line(given: str) -> str:
     """The token, from itself or from a file. Raises UserError."""
     if not given or given.startswith("kedge1."):

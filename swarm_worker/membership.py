@@ -15,6 +15,7 @@ from codec.spec import Direction
 from swarm_core.errors import KedgeError
 from swarm_core.manifest import Manifest, read_manifest
 from swarm_core.wire.bases import as_whole, basis_of, key_of
+from swarm_core.wire.beats import Pulse
 from swarm_core.wire.errors import BadFrame, ManifestMismatch, PeerLost, WireError
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
@@ -51,6 +52,7 @@ class Way:
     hello: Hello
     identity: Identity | None = None
     limits: dict[FrameKind, int] = field(default_factory=lambda: dict(ANCHOR_LIMITS))  # of frames from it
+    pulse: Pulse = field(default_factory=lambda: Pulse("loading"))  # what its beats say
 
 
 @dataclass
@@ -84,7 +86,9 @@ async def greet(way: Way, hello: Hello, wait_s: float, waiting: Callable[[float]
     anchor.name(way.link, "up", way.limits)
     try:
         await anchor.send(Frame(Header(FrameKind.HELLO), to_bytes(hello)))
-        return anchor, from_bytes(Welcome, (await anchor.expect(FrameKind.WELCOME)).payload)
+        welcome = from_bytes(Welcome, (await anchor.expect(FrameKind.WELCOME)).payload)
+        anchor.heart.start(way.pulse)
+        return anchor, welcome
     except BaseException:
         await anchor.close()
         raise
@@ -122,6 +126,7 @@ async def await_start(
 
     A stage that joins a run at work is asked what it holds of it (`answer`).
     """
+    membership.way.pulse.phase = "waits for the start"
     while (frame := await membership.anchor.receive()) is not None:
         match frame.header.kind:
             case FrameKind.BASIS:
@@ -136,6 +141,7 @@ async def await_start(
                 start = from_bytes(Start, frame.payload)
                 if len(start.stage_addresses) != membership.manifest.stages:
                     raise BadFrame(f"START names {len(start.stage_addresses)} stages, not {membership.manifest.stages}")
+                membership.way.pulse.phase = "starting"
                 return start
             case FrameKind.STOP:
                 log.info("the run ended before it began: %s", from_bytes(Stop, frame.payload).reason)

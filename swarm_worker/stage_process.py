@@ -16,8 +16,10 @@ from pathlib import Path
 
 from swarm_core.errors import UserError
 from swarm_core.run_folder import make_folder
+from swarm_core.wire.beats import Pulse
 from swarm_core.wire.errors import AnchorAway, BadFrame, PeerLost, Refused, StaleEpoch, Unreachable
 from swarm_core.wire.frames import Frame, Header
+from swarm_core.wire.health import Health
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
     Fence,
@@ -38,6 +40,7 @@ from swarm_worker.epochs import Epochs, span_of
 from swarm_worker.membership import Membership, await_start, join, tell_failure
 from swarm_worker.service import StageService
 from swarm_worker.turns import Turns
+from swarm_worker.vitals import watch_member, watch_stage
 from swarm_worker.worker import StageWorker
 
 log = logging.getLogger(__name__)
@@ -58,6 +61,7 @@ class StageArguments:
     wait_s: float = 60.0
     limit_mbps: str | None = None
     entry: Entry = field(default_factory=Entry)
+    health_port: int | None = None
 
 
 async def hold_stage(arguments: StageArguments, *, signals: bool = True) -> None:
@@ -82,6 +86,7 @@ class StageProcess:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self.service = StageService(arguments.stage, self.ledger, self._serve_above, self._take_rollouts)
         self.limits = self.service.server.limits = read_limits(arguments.limit_mbps)
+        self.health = Health()
         self._words: asyncio.Queue[Fence | Start | Stop | BaseException] = asyncio.Queue()
         self._stalled = ""  # why this stage cannot go on in its epoch
         self._turns = Turns()
@@ -97,12 +102,14 @@ class StageProcess:
             identity = await enter(a.entry, a.anchor, a.listen, a.out, "stage", a.stage, a.wait_s)
             self.service.server.identity, self.service.server.trusted_network = identity, a.entry.trusted_network
             address = await self.service.server.start(a.listen)
+            await self.health.start(a.health_port, a.listen)
             hello = Hello(role="stage", stage=a.stage, address=a.advertise or dialable(address))
             hello.manifest_digest = a.expect_digest
             membership = await join(
                 a.anchor, "Anchor/Attend", hello, self.ledger, a.wait_s, f"anchor-stage{a.stage}", identity
             )
             membership.anchor.pace(self.limits)
+            watch_member(self.health, membership.way.pulse)
             self.epochs = Epochs(membership, a.stage, a.out, a.model, self._thread)
             await membership.anchor.send(
                 Frame(Header(FrameKind.READY, membership.run), to_bytes(await self.epochs.load()))
@@ -131,6 +138,7 @@ class StageProcess:
             if membership is not None:
                 await membership.anchor.close()
             await self.service.server.stop()
+            await self.health.stop()
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     # Epochs ------------------------------------------------------------------------------------------------------------
@@ -170,7 +178,7 @@ class StageProcess:
             await _cancelled(epoch)
 
     async def _work_epoch(self, membership: Membership, link: AnchorLink, start: Start) -> str:
-        below, self._stalled = None, ""
+        below, pulse, self._stalled = None, membership.way.pulse, ""
         try:
             work, zero = await self.epochs.set_up(start)
             self.service.offer(work.position.tick, work.compute.published.get(work.position.tick, {}))
@@ -178,6 +186,7 @@ class StageProcess:
             self.worker = worker = StageWorker(membership, link, work, self.service, below, zero)
             if zero is not None and self._stop is not None:
                 zero.lead.stop_requested = True
+            watch_stage(self.health, worker)
             for report in self.epochs.take_rows():
                 link.post_report(report)
             if self.epochs.saved is not None:
@@ -186,11 +195,11 @@ class StageProcess:
                 )
                 link.post(message)
             if below is not None:
-                worker.spawn(below.keep_warm(worker.over))
+                below.heart.start(worker.pulse, until=worker.over)
             self.service.open(membership.digest, start.epoch)
             return await worker.run()
         finally:
-            self.worker = None
+            self.worker, pulse.phase, pulse.awaits = None, "between two epochs", Pulse().awaits
             if below is not None:
                 await below.close()
             await self.service.shut()
@@ -276,7 +285,7 @@ class StageProcess:
 
     async def _serve_above(self, stream: FrameStream) -> None:
         assert self.worker is not None, "the service opens after the worker stands"
-        self.worker.spawn(stream.keep_warm(self.worker.over))
+        stream.heart.start(self.worker.pulse, until=self.worker.over)
         await self.worker.serve_above(stream)
 
     def _take_rollouts(self, message: Rollouts) -> None:

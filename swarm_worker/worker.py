@@ -89,6 +89,8 @@ class StageWorker:
     ) -> None:
         self.anchor = anchor
         self.manifest, self.run_id = membership.manifest, membership.run
+        self.pulse = membership.way.pulse
+        self.pulse.phase, self.pulse.stands, self.pulse.awaits = "at work", self._stands, self.awaits
         self.work = work
         self.span = work.compute.span
         self.service = service
@@ -157,12 +159,19 @@ class StageWorker:
             for task in self._tasks:
                 task.cancel()
 
+    def _stands(self) -> tuple[int, int]:
+        return self.position.epoch, self.position.tick
+
+    def awaits(self) -> tuple[str, float]:
+        """What is awaited, in words, and for how many seconds nothing has moved. Every beat says it."""
+        what = self.schedule.waiting_for() or (self.zero.lead.waiting_for() if self.zero is not None else "")
+        return what, time.monotonic() - self.progress_at
+
     async def watch(self) -> None:
         """Say what is awaited when nothing has moved for a while: a swarm that hangs must not hang in silence."""
         while True:
             await asyncio.sleep(WATCH_S)
-            age_s = time.monotonic() - self.progress_at
-            what = self.schedule.waiting_for() or (self.zero.lead.waiting_for() if self.zero is not None else "")
+            what, age_s = self.awaits()
             if age_s > WATCH_S and what:
                 log.warning("stage %d has waited %.0f s for %s", self.span.stage, age_s, what)
 
@@ -281,7 +290,8 @@ class StageWorker:
                 self.zero.take_rollouts(read_rollouts(message, self.manifest.vocab))
             except LearningError as error:
                 raise BadFrame(str(error)) from None
-            self.work.deliver(_nothing, Record(Kind.ROLLOUTS, to_bytes(message), microbatch=message.batch))
+            # They are in stock already; that they have come is for the log alone.
+            self.work.deliver(lambda: None, Record(Kind.ROLLOUTS, to_bytes(message), microbatch=message.batch))
         self._advance()
 
     # The schedule ------------------------------------------------------------------------------------------------------
@@ -445,7 +455,3 @@ class StageWorker:
 
     def _report(self, report: Report) -> None:
         self.anchor.post_report(report)
-
-
-def _nothing() -> None:
-    """Rollouts are in stock already; that they have come is for the log alone."""

@@ -26,9 +26,9 @@ from experiments.links.figures import (
     ratios,
 )
 from experiments.links.pairs import Pair
+from swarm_core.wire.beats import KEEP_WARM_S
 from swarm_core.wire.frames import chunk_count, message_bytes
 from swarm_core.wire.framing import frame_wire
-from swarm_core.wire.streams import KEEP_WARM_S
 
 MBPS, DELAY_S, CONGESTION = 100.0, 0.040, "cubic"
 LOOPBACK_SIZES = [4 * MB, 8 * MB, 16 * MB]
@@ -177,7 +177,7 @@ brackets:
   bytes are its chunks' headers, HTTP/2's and {20 + 32} bytes a segment of 1448 on top of the payload. Its queue holds a round trip and 50 ms.
 - Congestion control: {next(iter(link["steady"].values()))["congestion"]}, pinned by the route; no sysctl is touched, so
   `tcp_slow_start_after_idle` is the kernel's 1. Times are one way: both ends read the same monotonic clock.
-- *kept warm*: a WARM frame of no payload after every {KEEP_WARM_S * 1e3:g} ms without another. In {cost["idle_s"]:g} s of pauses the
+- *kept warm*: a WARM frame of no payload after every {KEEP_WARM_S * 1e3:g} ms without another, a BEAT every second. In {cost["idle_s"]:g} s of pauses the
   ledger counted {cost["frames"]:,.0f} of them, {cost["message_bytes"]:,.0f} message bytes: {cost["message_bytes"] / cost["idle_s"]:.0f} bytes per idle second.
   The order of pauses and sizes is shuffled; three messages of 16 MB went before. *first message*: of a new connection.
   Keeping warm holds the window that traffic has opened and opens none, so a first message is no faster with it.

@@ -21,6 +21,7 @@ import threading
 import time
 
 from swarm_core.wire.allocator import keep_large_blocks
+from swarm_core.wire.beats import Pulse
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import FrameKind
@@ -93,9 +94,8 @@ async def send_frames(address: str, keep_warm: bool, limit: str | None) -> None:
     ledger = Ledger()
     stream = await dial(address, "Stage/Link", ledger, "the other end", 20.0)
     stream.name("a-b", "down").pace(read_limits(limit))
-    loop = asyncio.get_running_loop()
-    over: asyncio.Future[None] = loop.create_future()
-    warming = asyncio.create_task(stream.keep_warm(over)) if keep_warm else None
+    if keep_warm:
+        stream.heart.start(Pulse())
     payloads: dict[int, bytearray] = {}
     while line := await asyncio.to_thread(sys.stdin.readline):
         idle_s, *sizes = line.split()
@@ -103,11 +103,8 @@ async def send_frames(address: str, keep_warm: bool, limit: str | None) -> None:
         for size in sizes:
             await stream.send(Frame(Header(FrameKind.ACTIVATION), stamped(payloads, int(size))))
         say("done")
-    over.set_result(None)
-    if warming is not None:
-        await warming
     await stream.finish()
-    rows = [row for row in ledger.take() if row.kind == "control"]
+    rows = [row for row in ledger.take() if row.kind == "beat"]
     say("warm", sum(row.frames for row in rows), sum(row.message_bytes for row in rows))
 
 

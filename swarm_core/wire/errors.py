@@ -39,6 +39,10 @@ class AnchorAway(PeerLost):
     """The anchor was away for too long, and nothing can be finished without it."""
 
 
+class Silent(PeerLost):
+    """A peer whose stream stands has said nothing for too long: it is frozen or cut off."""
+
+
 class PortInUse(WireError, UserError):
     """The address asked for cannot be bound."""
 

@@ -3,7 +3,8 @@
 Columns: `dense` is what the same tensor would have cost in bf16 (for frames that carry no tensor: the payload itself),
 `packet` the payload handed to the wire, `message` the whole gRPC messages (header and chunking included), `wire` what
 an Ethernet interface sends for them (`framing.py`). What the receiver's kernel and gRPC answer, acknowledgements above
-all, is expected where it is caused, and stands in the wire column of the control row of the opposite direction.
+all, is expected where it is caused, and stands in the wire column of the control row (of beats: the beat row) of the opposite
+direction.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from swarm_core.wire.frames import FRAME_OVERHEAD, chunk_count, message_bytes
 from swarm_core.wire.framing import OPENING, OPENING_TLS, Wire, frame_wire
 from swarm_core.wire.messages import FrameKind, LedgerRow, Mode, Report, to_bytes
 
+BEATS = "beat"  # signs of life: as many as a run has seconds, where everything else follows from what it does
 KIND_OF: dict[FrameKind, str] = {
     FrameKind.ACTIVATION: "activation",
     FrameKind.GRADIENT: "gradient",
@@ -23,6 +25,11 @@ KIND_OF: dict[FrameKind, str] = {
     FrameKind.SNAPSHOT: "snapshot",
     FrameKind.SLICE: "snapshot",
     FrameKind.CORRECTION: "correction",
+    FrameKind.BEAT: BEATS,
+    FrameKind.WARM: BEATS,
+    FrameKind.TRIAL: "probe",
+    FrameKind.TRIED: "probe",
+    FrameKind.LOAD: "probe",
 }
 COLUMNS = (
     "tick",
@@ -73,7 +80,7 @@ class Ledger:
         row.message_bytes += message
         row.frames += 1
         messages = max(1, (message - packet) // FRAME_OVERHEAD)
-        wire = frame_wire(message, messages, self.tls, alone=kind is FrameKind.WARM)
+        wire = frame_wire(message, messages, self.tls, alone=kind in (FrameKind.WARM, FrameKind.BEAT))
         if kind is FrameKind.HELLO:  # the first frame of every stream pays for its connection
             wire = wire.plus(OPENING_TLS if self.tls else OPENING)
         self._count_wire(row, wire)
@@ -119,4 +126,5 @@ class Ledger:
 
     def _count_wire(self, row: LedgerRow, wire: Wire) -> None:
         row.wire_bytes += wire.sent
-        self._row(row.tick, row.link, OPPOSITE[row.direction], "control").wire_bytes += wire.answered
+        kind = row.kind if row.kind == BEATS else "control"
+        self._row(row.tick, row.link, OPPOSITE[row.direction], kind).wire_bytes += wire.answered

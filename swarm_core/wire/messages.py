@@ -49,6 +49,11 @@ class FrameKind(enum.IntEnum):
     BOOKED = 26
     FENCE = 27
     HELD = 28
+    BEAT = 40
+    STATUS = 41
+    TRIAL = 42
+    TRIED = 43
+    LOAD = 44
 
 
 class Mode(enum.IntEnum):
@@ -134,6 +139,41 @@ class Report:
 @dataclass
 class Booked:
     number: int = 0
+
+
+@dataclass
+class Beat:
+    said_s: float = 0.0
+    heard_s: float = 0.0
+    held_s: float = 0.0
+    phase: str = ""
+    awaits: str = ""
+    awaits_s: float = 0.0
+
+
+@dataclass
+class Status:
+    json: str = ""
+
+
+@dataclass
+class Trial:
+    what: str = ""
+    load_bytes: int = 0
+    port: int = 0
+    nonce: bytes = b""
+
+
+@dataclass
+class Tried:
+    clock_s: float = 0.0
+    protocol: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    seen: str = ""
+    run: str = ""
+    phase: str = ""
+    load_bytes: int = 0
+    refused: str = ""
 
 
 @dataclass

@@ -20,6 +20,7 @@ from urllib.parse import unquote
 import grpc
 
 from swarm_core.errors import UserError
+from swarm_core.wire.beats import Heart
 from swarm_core.wire.channel import OPTIONS, open_channel
 from swarm_core.wire.errors import (
     BadAddress,
@@ -28,20 +29,19 @@ from swarm_core.wire.errors import (
     PeerLost,
     PortInUse,
     Refused,
+    Silent,
     Unencrypted,
     WireError,
     from_status,
     status_of,
 )
-from swarm_core.wire.frames import CHUNK_BYTES, Assembler, Frame, Header, chunks_of
+from swarm_core.wire.frames import CHUNK_BYTES, Assembler, Frame, Header, chunks_of, message_bytes
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import FrameKind, Report
 from swarm_core.wire.pacing import NO_LIMITS, Limits
 from swarm_core.wire.tls import Caller, Identity
 
 ALL_INTERFACES = ("0.0.0.0", "::", "*")
-# TCP forgets an idle connection's window after its retransmission timeout: 200 ms at least, and a round trip more.
-KEEP_WARM_S = 0.2
 log = logging.getLogger(__name__)
 Handler = Callable[["FrameStream"], Awaitable[None]]
 Answer = Callable[[Caller, bytes], Awaitable[bytes]]
@@ -69,13 +69,14 @@ class FrameStream:
         self._lock = asyncio.Lock()
         self._assembler = Assembler({})
         self.limits = NO_LIMITS
-        self._tick = 0  # of the newest frame sent
-        self._sent_at = 0.0
+        self.sent_tick = 0  # of the newest frame sent
+        self.sent_at = 0.0
         self.link = ""
         self.direction = "down"
         self.peer = peer
         self.loopback = False
         self.caller: Caller | None = None  # proved by its certificate; None: a plain stream, or one that was dialled
+        self.heart = Heart(self)
 
     def name(self, link: str, direction: str, limits: dict[FrameKind, int] | None = None) -> FrameStream:
         """Say which link this is (ledger rows) and how large frames may get, once the peer is known."""
@@ -100,23 +101,15 @@ class FrameStream:
         self.limits = limits
         return self
 
-    async def keep_warm(self, over: asyncio.Future[Any], every_s: float = KEEP_WARM_S) -> None:
-        """Send an empty WARM frame whenever nothing was sent for `every_s`, until `over` is done or the peer is gone.
+    @property
+    def busy(self) -> bool:
+        """Whether a frame is being sent."""
+        return self._lock.locked()
 
-        An idle connection falls back to slow start, and the first tensor after a pause takes several round trips more.
-        One run of this holds the window of one direction; each end runs its own. Loopback has no window to lose, and is
-        left alone. The ledger counts these frames as control.
-        """
-        try:
-            while not self.loopback:
-                idle_s = 0.0 if self._lock.locked() else time.monotonic() - self._sent_at
-                await asyncio.wait({over}, timeout=max(0.0, every_s - idle_s))
-                if over.done():
-                    return
-                if time.monotonic() - self._sent_at >= every_s and not self._lock.locked():
-                    await self.send(Frame(Header(FrameKind.WARM, tick=self._tick)))
-        except WireError:
-            pass  # whoever reads or sends here is told
+    async def send_ahead(self, frame: Frame) -> None:
+        """Send a small frame that is counted before it is: a report made meanwhile must not miss it."""
+        self._count(frame, message_bytes(memoryview(frame.payload).nbytes))
+        await self.send(frame, count=False)
 
     async def send_report(self, report: Report, tick: int) -> None:
         """Send a report that carries everything this process has counted so far, the report itself included."""
@@ -138,9 +131,11 @@ class FrameStream:
                 except BROKEN as error:
                     raise await self._lost(error) from None
                 message += len(chunk)
-            self._tick, self._sent_at = frame.header.tick, time.monotonic()
-        if not count:
-            return
+            self.sent_tick, self.sent_at = frame.header.tick, time.monotonic()
+        if count:
+            self._count(frame, message)
+
+    def _count(self, frame: Frame, message: int) -> None:
         self._ledger.count(
             frame.header.tick,
             self.link,
@@ -153,10 +148,10 @@ class FrameStream:
         )
 
     async def receive(self) -> Frame | None:
-        """The next whole frame; None when the peer has closed the stream. Raises PeerLost, Refused, BadFrame."""
+        """The next whole frame; None when the peer has closed the stream. Raises PeerLost (Silent), Refused, BadFrame."""
         while True:
             try:
-                message = await self._read()
+                message = await self.heart.read(self._read())
             except BROKEN as error:
                 raise await self._lost(error) from None
             if message is grpc.aio.EOF:
@@ -164,8 +159,11 @@ class FrameStream:
             if self.limits.down is not None:
                 await self.limits.down.take(len(message))
             frame = self._assembler.feed(message)
-            if frame is not None and frame.header.kind is not FrameKind.WARM:
+            if frame is None or frame.header.kind is FrameKind.WARM:
+                continue
+            if frame.header.kind is not FrameKind.BEAT:
                 return frame
+            self.heart.take(frame)
 
     async def expect(self, kind: FrameKind) -> Frame:
         """The next frame, which must be of this kind."""
@@ -199,6 +197,7 @@ class Dialled(FrameStream):
 
     async def done(self) -> None:
         """Say that nothing more will be sent. Raises PeerLost when the stream is gone."""
+        self.heart.stop()
         async with self._lock:
             try:
                 await self._call.done_writing()
@@ -217,6 +216,7 @@ class Dialled(FrameStream):
         await self.close()
 
     async def close(self) -> None:
+        self.heart.stop()
         self._call.cancel()
         await self._channel.close(grace=1.0)
 
@@ -293,8 +293,12 @@ class Server:
                 await handler(stream)
             except Refused as error:
                 await context.abort(status_of(error), str(error))
+            except Silent as error:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))  # should it wake, it knows
             except (PeerLost, asyncio.CancelledError):
                 pass  # the peer is gone, or this server stops: neither is worth gRPC's traceback in the log
+            finally:
+                stream.heart.stop()
 
         return serve
 

@@ -94,6 +94,10 @@ def may_call(method: str, caller: Name, own: Name) -> bool:
         return False
     if method == ENROL:
         return caller.role in ("stage", "sampler")
+    if method == "Anchor/Probe":  # a doctor comes before it joins, and is served nothing of the run
+        return caller.role in ("stage", "sampler")
+    if method == "Anchor/Status" and not caller.newcomer:
+        return True
     if caller.newcomer or caller.role != CALLERS.get(method):
         return False
     return method != "Stage/Link" or caller.stage is not None and caller.stage + 1 == own.stage

@@ -24,6 +24,7 @@ from swarm_core.models.reading import tensor_shapes
 from swarm_core.run_folder import make_folder
 from swarm_core.wire.errors import BadFrame, PeerLost, StaleEpoch, Unreachable
 from swarm_core.wire.frames import Frame, Header
+from swarm_core.wire.health import Health
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
     Fetch,
@@ -48,6 +49,7 @@ from swarm_worker.sampler.collect import Collected
 from swarm_worker.sampler.evaluate import Evaluation
 from swarm_worker.sampler.source import SamplerArguments, Source
 from swarm_worker.sampler.verify import failures
+from swarm_worker.vitals import watch_member
 
 log = logging.getLogger(__name__)
 LEAVE_S = 60.0  # for the last report, once the anchor has said that the run is over
@@ -77,14 +79,24 @@ class SamplerProcess:
         self._weights: asyncio.Queue[tuple[int, int, memoryview]] = asyncio.Queue()
         self._feeds: list[Dialled] = []
         self._tick = 0  # of the newest order
+        self.health = Health()
 
     async def run(self) -> None:
         """Serve orders until the run ends. Raises typed errors with one readable line."""
         a = self.arguments
         make_folder(a.out)
+        await self.health.start(a.health_port, a.anchor)
+        try:
+            await self._sample()
+        finally:
+            await self.health.stop()
+
+    async def _sample(self) -> None:
+        a = self.arguments
         hello = Hello(role="sampler")
         identity = await enter(a.entry, a.anchor, None, a.out, "sampler", None, a.wait_s)
         membership = await join(a.anchor, "Anchor/Sample", hello, self.ledger, a.wait_s, "anchor-sampler", identity)
+        watch_member(self.health, membership.way.pulse)
         if membership.manifest.config.run.threads:
             torch.set_num_threads(membership.manifest.config.run.threads)
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -97,6 +109,8 @@ class SamplerProcess:
             if start is None:
                 return
             link = AnchorLink(membership, lambda: Standing(self._epoch, self._tick, source.basis_version))
+            pulse = membership.way.pulse
+            pulse.phase, pulse.stands = "at work", lambda: (self._epoch, self._tick)
             if self._signals:
                 self._on_signals(link)
             tasks = [

@@ -45,6 +45,7 @@ class SamplerArguments:
     model: str | None = None
     wait_s: float = 60.0
     entry: Entry = field(default_factory=Entry)
+    health_port: int | None = None
 
 
 class Source:

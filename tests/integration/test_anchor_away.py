@@ -162,11 +162,11 @@ def rows(out: Path, kind: str = "tick") -> list[dict[str, Any]]:
 
 
 def sums(out: Path) -> dict[tuple[str, ...], list[int]]:
-    """The ledger of the links and feeds, by tick and kind. What the anchor's own streams cost depends on the outage."""
+    """The ledger of the links and feeds, by tick and kind, without what depends on the time it all took."""
     found: dict[tuple[str, ...], list[int]] = {}
     with (out / "ledger.csv").open() as file:
         for row in csv.DictReader(file):
-            if "anchor" not in row["link"]:
+            if "anchor" not in row["link"] and row["kind"] != "beat":
                 total = found.setdefault((row["tick"], row["link"], row["direction"], row["kind"]), [0] * 5)
                 for i, column in enumerate(("dense_bytes", "packet_bytes", "message_bytes", "wire_bytes", "frames")):
                     total[i] += int(row[column])

@@ -179,6 +179,56 @@ def test_who_may_not_join_is_told_why(anchor: str, tiny: Path) -> None:
     holder.wait()
 
 
+@pytest.mark.parametrize("role", [("join", "--stage", 0), ("sample",)], ids=lambda role: role[0])
+def test_who_is_asked_to_end_before_the_start_leaves_in_order(
+    anchor: str, tiny: Path, role: tuple[object, ...]
+) -> None:
+    early = subprocess.Popen(
+        command("swarm_worker", *role, "--anchor", anchor, "--out", tiny / "worker"),
+        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    def standing() -> str:
+        return run("anchor_node", "status", "--anchor", anchor).stdout
+
+    while "waits for the start" not in standing():
+        assert early.poll() is None, early.communicate()
+    early.send_signal(signal.SIGTERM)
+    _, stderr = early.communicate(timeout=30)
+    assert early.returncode == 130 and "interrupted" in stderr, stderr
+    assert "Traceback" not in stderr, stderr
+    assert "waits for the start" not in standing()
+
+
+@pytest.mark.parametrize(("who", "name"), [(2, "stage 1"), (4, "the sampler")])
+def test_a_worker_at_work_that_is_asked_to_end_ends_the_run_after_its_tick(tmp_path: Path, who: int, name: str) -> None:
+    out = tmp_path / "run"
+    process = start_local(out)
+    family = children(process.pid)
+    os.kill(family[who], signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stdout + stderr
+    ticks = len((out / "journal.jsonl").read_text().splitlines())
+    assert (out / "checkpoints" / f"tick-{ticks:08d}" / "COMPLETE").exists()
+    assert f"{name} got SIGTERM" in (out / "metrics.jsonl").read_text()
+    assert not [pid for pid in family if running(pid)]
+
+
+def test_a_worker_at_work_that_is_asked_twice_ends_at_once(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start_local(out)
+    anchor, _, stage, *_ = children(process.pid)
+    os.kill(anchor, signal.SIGSTOP)  # which alone can tell stage 0 to end the run
+    os.kill(stage, signal.SIGTERM)
+    log = out / "logs" / "stage-1.log"
+    while "once more to leave at once" not in log.read_text():
+        assert running(stage), log.read_text()
+        time.sleep(0.05)
+    os.kill(stage, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and "swarm_worker join: interrupted" in log.read_text()
+
+
 def local(out: Path, *more: object) -> list[str]:
     return command("swarm_worker", "local", "--config", TINY / "run.toml", "--out", out, *SMALL, *more)
 

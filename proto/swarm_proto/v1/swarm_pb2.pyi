@@ -38,6 +38,11 @@ class FrameKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BOOKED: _ClassVar[FrameKind]
     FENCE: _ClassVar[FrameKind]
     HELD: _ClassVar[FrameKind]
+    BEAT: _ClassVar[FrameKind]
+    STATUS: _ClassVar[FrameKind]
+    TRIAL: _ClassVar[FrameKind]
+    TRIED: _ClassVar[FrameKind]
+    LOAD: _ClassVar[FrameKind]
 
 class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -82,6 +87,11 @@ CORRECTION: FrameKind
 BOOKED: FrameKind
 FENCE: FrameKind
 HELD: FrameKind
+BEAT: FrameKind
+STATUS: FrameKind
+TRIAL: FrameKind
+TRIED: FrameKind
+LOAD: FrameKind
 TRAIN: Mode
 SCORE: Mode
 REFERENCE: Mode
@@ -314,6 +324,67 @@ class Booked(_message.Message):
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     number: int
     def __init__(self, number: _Optional[int] = ...) -> None: ...
+
+class Beat(_message.Message):
+    __slots__ = ("said_s", "heard_s", "held_s", "phase", "awaits", "awaits_s")
+    SAID_S_FIELD_NUMBER: _ClassVar[int]
+    HEARD_S_FIELD_NUMBER: _ClassVar[int]
+    HELD_S_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    AWAITS_FIELD_NUMBER: _ClassVar[int]
+    AWAITS_S_FIELD_NUMBER: _ClassVar[int]
+    said_s: float
+    heard_s: float
+    held_s: float
+    phase: str
+    awaits: str
+    awaits_s: float
+    def __init__(self, said_s: _Optional[float] = ..., heard_s: _Optional[float] = ..., held_s: _Optional[float] = ..., phase: _Optional[str] = ..., awaits: _Optional[str] = ..., awaits_s: _Optional[float] = ...) -> None: ...
+
+class Status(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
+
+class Trial(_message.Message):
+    __slots__ = ("what", "load_bytes", "port", "nonce")
+    WHAT_FIELD_NUMBER: _ClassVar[int]
+    LOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    what: str
+    load_bytes: int
+    port: int
+    nonce: bytes
+    def __init__(self, what: _Optional[str] = ..., load_bytes: _Optional[int] = ..., port: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+
+class Tried(_message.Message):
+    __slots__ = ("clock_s", "protocol", "versions", "seen", "run", "phase", "load_bytes", "refused")
+    class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    CLOCK_S_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    LOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    clock_s: float
+    protocol: int
+    versions: _containers.ScalarMap[str, str]
+    seen: str
+    run: str
+    phase: str
+    load_bytes: int
+    refused: str
+    def __init__(self, clock_s: _Optional[float] = ..., protocol: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ..., seen: _Optional[str] = ..., run: _Optional[str] = ..., phase: _Optional[str] = ..., load_bytes: _Optional[int] = ..., refused: _Optional[str] = ...) -> None: ...
 
 class Saved(_message.Message):
     __slots__ = ("tick", "checkpoint", "file", "digest", "bytes")

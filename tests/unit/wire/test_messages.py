@@ -94,13 +94,14 @@ def test_enums_have_the_names_and_numbers_of_the_contract(kind: type[enum.IntEnu
     assert {item.name: item.value for item in kind} == named
 
 
-def test_the_four_calls_carry_frames_both_ways() -> None:
+def test_all_calls_carry_frames_both_ways() -> None:
     calls = {
         f"{service.name}/{method.name}": (method.input_type.name, method.output_type.name)
         for service in swarm_pb2.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }
-    assert calls == dict.fromkeys(("Anchor/Attend", "Anchor/Sample", "Stage/Link", "Stage/Feed"), ("Frame", "Frame"))
+    members = ("Anchor/Attend", "Anchor/Sample", "Stage/Link", "Stage/Feed")
+    assert calls == dict.fromkeys((*members, "Anchor/Status", "Anchor/Probe"), ("Frame", "Frame"))
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda c: c.__name__)

@@ -53,6 +53,11 @@ class Books:
         self._metrics = self._metrics_path.open("a")
         self.started = self._resumed
 
+    def ticks(self) -> int:
+        """Ticks that have their row here. Members may know of more: their reports can be under way."""
+        rows = _whole_rows(self._metrics_path)
+        return max((row["tick"] + 1 for row in rows if row.get("type") == "tick"), default=0)
+
     def link_bytes(self, tick: int) -> tuple[int, int]:
         """(dense, packet) bytes that the links carried in a tick, as far as they are reported; asked once a tick."""
         dense, packet = self._link_bytes.get(tick, (0, 0))

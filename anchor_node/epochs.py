@@ -6,17 +6,22 @@ with a run that lost ticks.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from typing import TYPE_CHECKING
 
 from anchor_node.checkpoints import set_later_aside
 from anchor_node.roster import Member
 from anchor_node.rounds import Line, Phase, Rounds
+from anchor_node.samplers import EVALUATION
+from swarm_core.wire.errors import StaleEpoch
 from swarm_core.wire.messages import Fence, FrameKind, Held, Start
 from swarm_core.wire.outbox import Outbox
 
 if TYPE_CHECKING:
     from anchor_node.service import AnchorService
+
+log = logging.getLogger(__name__)
 
 
 class Epochs:
@@ -44,7 +49,9 @@ class Epochs:
 
     def rejoined(self, member: Member, box: Outbox) -> None:
         """A stage of a run at work is there again: the same process, or one that takes the place of a lost one."""
-        if self.rounds.phase is Phase.FENCED:
+        if self._anchor.over.done():
+            self._anchor.tell_end(box)
+        elif self.rounds.phase is Phase.FENCED:
             self._post_fence(box)
         elif not member.fit:
             self.fence(f"stage {member.stage} at {member.address} begins anew")
@@ -60,13 +67,22 @@ class Epochs:
             self._post_fence(box)
 
     def asked(self, fence: Fence) -> None:
-        """A stage cannot go on. Others have said so before, or the run has finished."""
-        if fence.epoch == self.rounds.epoch and self.rounds.phase is Phase.WORKING and self._anchor.owed is None:
+        """A stage cannot go on. Others may have said so before, or it has heard the last decision and misses nothing."""
+        owed = self._anchor.owed
+        if (
+            fence.epoch == self.rounds.epoch
+            and self.rounds.phase is Phase.WORKING
+            and (owed is None or owed - {EVALUATION})
+        ):
             self.fence(fence.reason)
 
     def take(self, stage: int, held: Held) -> None:
-        """A stage's answer to the FENCE. Raises StaleEpoch, BadFrame, NothingHeld."""
-        line = self.rounds.take(stage, held)
+        """A stage's answer to the FENCE. Raises BadFrame, NothingHeld."""
+        try:
+            line = None if self._anchor.over.done() else self.rounds.take(stage, held)
+        except StaleEpoch as error:  # said again on a new stream, and of no more use
+            log.info("%s", error)
+            return
         if line is not None:
             self._start(line)
 
@@ -78,7 +94,7 @@ class Epochs:
         anchor = self._anchor
         self._line, (tick, _) = line, line.version
         lost = anchor.tick - tick
-        reported, anchor.owed = min(anchor.tick, tick), None
+        reported, anchor.owed = min(anchor.books.ticks(), tick), None
         if lost > 0:
             anchor.books.cut(tick)
             set_later_aside(anchor.out, tick)
@@ -99,6 +115,7 @@ class Epochs:
             anchor.slow.post_corrections(stage)
         anchor.samplers.start_again()
         anchor.samplers.start()
+        anchor.drain_again()
         what = f"epoch {line.epoch} begins at tick {tick}" + (f"; {lost} ticks are lost" if lost > 0 else "")
         anchor.event("start", what, {"epoch": line.epoch, "lost_ticks": max(0, lost)})
 

@@ -180,7 +180,7 @@ class AnchorService:
             return
         member.away = True
         self.epochs.rounds.gone(member.stage)
-        if self._failure or why != AWAY:
+        if self._failure or why != AWAY and member.at_work:  # who only wanted to take a place may be refused
             self.fail(PeerLost(self._failure or f"stage {member.stage} at {member.address} {why} at tick {self.tick}"))
         else:
             log.warning("the stream to stage %d broke at tick %d", member.stage, self.tick)
@@ -207,9 +207,18 @@ class AnchorService:
         if stage is not None:
             self.slow.post_corrections(stage)
         if self.over.done():
-            self.post(box, FrameKind.STOP, Stop(self._reason, now=True))
-        elif self._draining and stage == 0:
-            self.post(box, FrameKind.STOP, Stop("the anchor was asked to end the run"))
+            self.tell_end(box)
+        elif stage == 0:
+            self.drain_again()
+
+    def tell_end(self, box: Outbox) -> None:
+        """Send home who comes when the run is over."""
+        self.post(box, FrameKind.STOP, Stop(self._reason, now=True))
+
+    def drain_again(self) -> None:
+        """Stage 0 may be on a new stream, or another process than the one that was asked to end the run."""
+        if self._draining and 0 in self.stages:
+            self.post(self.stages[0], FrameKind.STOP, Stop("the anchor was asked to end the run"))
 
     def _carry_on(self) -> None:
         """All stages of a run that another anchor started are there: nobody needs another epoch, or one begins."""
@@ -327,7 +336,9 @@ class AnchorService:
 
     def _finish(self, words: dict[str, str]) -> None:
         self._reason = words["message"]
-        self.owed = {words["checkpoint"]}  # every stage says so again, once it has applied the end
+        self.owed = {
+            words["checkpoint"]
+        } - self._complete  # where a run ends without another tick, it may be there already
         # The sampler's answer has a stream of its own, and may have been faster.
         if words["evaluation"] == "yes" and self.samplers.expected and self.memory.evaluated < int(words["tick"]):
             self.owed.add(EVALUATION)
@@ -388,7 +399,7 @@ class AnchorService:
         """Send everybody home, take their last reports, and close the books."""
         everyone = [*self.stages.values(), *self.samplers.boxes.values()]
         for box in everyone:
-            self.post(box, FrameKind.STOP, Stop(self._reason, now=True))
+            self.tell_end(box)
         if not self.over.done() or self.over.cancelled() or self.over.exception() is not None:
             self.absent.clear()  # only a run that ends in order waits for whoever is away
         try:

@@ -16,7 +16,7 @@ import torch
 from swarm_core.errors import UserError
 from swarm_core.models.architecture import fingerprint, read_shape, resolve
 from swarm_core.run_folder import CHECKPOINTS, JOURNAL_FILE, RECORD_FILE, checkpoint_name
-from swarm_core.wire.messages import Decide, Held, Ready, Report, Saved, Start, to_bytes
+from swarm_core.wire.messages import Decide, Held, Ready, Report, Saved, Start, from_bytes, to_bytes
 from swarm_worker.compute import StageCompute
 from swarm_worker.compute_thread import ComputeThread
 from swarm_worker.device import pick_device
@@ -93,6 +93,11 @@ class Epochs:
             held.pending = undecided(redo.voted)
         return held
 
+    def take_rows(self) -> list[Report]:
+        """Rows that are to be reported, once, however many epochs were cut off before."""
+        rows, self.rows = self.rows, []
+        return rows
+
     # Where an epoch begins ---------------------------------------------------------------------------------------------
 
     async def set_up(self, start: Start) -> tuple[ComputeThread, StageZero | None]:
@@ -101,8 +106,8 @@ class Epochs:
         built = await asyncio.get_running_loop().run_in_executor(self._thread, on_thread, start)
         compute = self._compute = built.compute
         compute.publish(built.position.tick)
-        # A process that was here before has them in its reports, which are kept until they are in the books.
-        self.rows = [] if self._worked else [row for row in built.rows if row.tick >= start.reported_tick]
+        if not self._worked:  # else they are in its reports, which are kept until they are in the books
+            self.rows = [row for row in built.rows if row.tick >= start.reported_tick]
         self._worked = True
         keep = self._manifest.config.checkpoint.keep
         shards = ShardWriter(self._out, self._stage, self._manifest.stages, self._membership.digest, self.saved, keep)
@@ -141,6 +146,10 @@ class Epochs:
         attempt = Rebuilding(compute or self._fresh(), shard, start.epoch)
         attempt.replay(self._redo.records(base, version))
         voted, built = self._redo.voted, attempt.done
+        if (
+            self._stage == 0 and start.reported_tick < base
+        ):  # the anchor may have been away for longer than a checkpoint
+            built.rows = [from_bytes(Report, r.row) for r in self._redo.records(0, version) if r.row]
         left = self._redo.cut(version)
         if built.position.tick < start.tick and voted is not None:  # it has voted, and hears the decision only now
             self._redo.append(Record(Kind.DECIDED, stamp=voted, decide=start.decide))
@@ -153,7 +162,7 @@ class Epochs:
         for record in left:
             attempt.keep(record)
         for rollouts in built.rollouts:
-            self._redo.append(Record(Kind.ROLLOUTS, to_bytes(rollouts)))
+            self._redo.append(Record(Kind.ROLLOUTS, to_bytes(rollouts), microbatch=rollouts.batch))
         self._take_newest_bases(built.compute)
         self._redo.sync()
         nearest, digest = self._redo.bases(version)[0]

@@ -55,7 +55,7 @@ class Record:
     payload: bytes = b""
     op: Op | None = None
     stamp: Stamp | None = None
-    microbatch: int = 0  # of a BATCH on stage 0: its number
+    microbatch: int = 0  # of a BATCH on stage 0, and of ROLLOUTS: the number of the batch
     decide: Decide | None = None
     zero: dict[str, Any] | None = None  # stage 0, with a decision: what it is to lead on with
     row: bytes = b""  # stage 0, with a decision: the Report of that tick
@@ -69,8 +69,8 @@ class _Segment:
     shard: str  # sha256 of the shard that holds the version it begins with; empty: the run's own beginning
     versions: list[Version]
     ends: list[int]  # byte behind each of them
+    decided: list[Decide | None]  # what led to each of them
     voted: Stamp | None = None  # of a tick behind the last of them
-    decided: Decide | None = None  # what led to the last of them
     bytes: int = 0
 
 
@@ -82,7 +82,7 @@ class Redo:
         self._digest = digest
         self._file: BinaryIO | None = None
         self._segments: list[_Segment] = []
-        self._stock: Record | None = None  # rollouts whose batch has not begun: a new file needs them again
+        self._stock: dict[int, Record] = {}  # rollouts whose batch has not begun: a new file needs them again
         self.start_id = 0
 
     # Writing -----------------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ class Redo:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("tick-*.log"):
             path.unlink()
-        self._segments, self.start_id, self._stock = [], start_id, None
+        self._segments, self.start_id, self._stock = [], start_id, {}
         self._open(base, shard)
 
     def turn(self, base: Version, shard: str, keep: int) -> None:
@@ -110,12 +110,12 @@ class Redo:
     def _open(self, base: Version, shard: str) -> None:
         path = self.folder / f"tick-{base[0]:08d}.log"
         self._file = path.open("wb")
-        self._segments.append(_Segment(path, shard, [base], [0]))
+        self._segments.append(_Segment(path, shard, [base], [0], [None]))
         about = {"format": FORMAT, "digest": self._digest, "start": self.start_id, "shard": shard}
         about |= {"tick": base[0], "lineage": base[1]}
         self._segments[-1].ends[0] = self._write(Kind.BASE, about, b"")
-        if self._stock is not None:
-            self.append(self._stock)
+        for record in list(self._stock.values()):
+            self.append(record)
         self.sync()
         _sync_folder(self.folder)
 
@@ -132,8 +132,10 @@ class Redo:
             fields["decide"] = list(astuple(record.decide))
         if record.zero is not None:
             fields |= {"zero": record.zero, "row": record.row}
-        if record.kind in (Kind.ROLLOUTS, Kind.BATCH):
-            self._stock = record if record.kind is Kind.ROLLOUTS else None
+        if record.kind is Kind.ROLLOUTS:
+            self._stock[record.microbatch] = record
+        elif record.kind is Kind.BATCH:
+            self._stock.pop(record.microbatch, None)
         end = self._write(record.kind, fields, record.payload)
         _note(self._segments[-1], record, end)
 
@@ -193,10 +195,11 @@ class Redo:
     @property
     def decided(self) -> Decide | None:
         """The decision that led to the newest version, where the log has it."""
-        last = self._segments[-1:] and self._segments[-1]
-        if last and len(last.versions) == 1 and len(self._segments) > 1:
-            last = self._segments[-2]
-        return last.decided if last else None
+        newest = self._segments[-1].versions[-1] if self._segments else None
+        for segment in reversed(self._segments[-2:]):  # what led to the base of a file is in the file before it
+            if segment.versions[-1] == newest and segment.decided[-1] is not None:
+                return segment.decided[-1]
+        return None
 
     def records(self, base: int, version: Version) -> Iterator[Record]:
         """From the base of that tick up to the decision that led to `version`; or, where that one is not here, all."""
@@ -215,7 +218,7 @@ class Redo:
         Returns the rollouts that lay there: whoever begins here may still train on them.
         """
         self.close()
-        self._stock = None
+        self._stock = {}
         left: list[Record] = []
         while self._segments and self._segments[-1].versions[0][0] > version[0]:
             left = _rollouts(self._segments[-1], 0) + left
@@ -225,13 +228,14 @@ class Redo:
             at = segment.versions.index(version)
             left = _rollouts(segment, segment.ends[at]) + left
             segment.versions, segment.ends = segment.versions[: at + 1], segment.ends[: at + 1]
+            segment.decided = segment.decided[: at + 1]
             segment.bytes = segment.ends[at]
-            segment.decided = segment.decided if at else None
         segment.voted = segment.voted if version not in segment.versions else None
         self._file = segment.path.open("r+b")
         self._file.truncate(segment.bytes)
         self._file.seek(segment.bytes)
         self.sync()
+        _sync_folder(self.folder)  # a file of that future must not come back behind a power cut
         return left
 
 
@@ -242,7 +246,8 @@ def _note(segment: _Segment, record: Record, end: int) -> None:
     elif (version := _leads_to(record)) is not None:
         segment.versions.append(version)
         segment.ends.append(end)
-        segment.voted, segment.decided = None, record.decide
+        segment.decided.append(record.decide)
+        segment.voted = None
 
 
 def _leads_to(record: Record) -> Version | None:
@@ -260,7 +265,7 @@ def _scan(path: Path) -> tuple[_Segment | None, dict[str, Any]]:
             about = record.zero or {}
             if record.kind is not Kind.BASE or not {"tick", "lineage", "start"} <= about.keys():
                 return None, {}
-            segment = _Segment(path, about.get("shard", ""), [(about["tick"], about["lineage"])], [end])
+            segment = _Segment(path, about.get("shard", ""), [(about["tick"], about["lineage"])], [end], [None])
         else:
             _note(segment, record, end)
         segment.bytes = end

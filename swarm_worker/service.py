@@ -50,6 +50,7 @@ class StageService:
         self._order: Order | None = None  # not yet given to anybody
         self._given: tuple[FrameStream, Order] | None = None  # to whom, and not yet answered with rollouts
         self._feeds: list[FrameStream] = []
+        self._handing: set[asyncio.Task[None]] = set()
         self._order_lock = asyncio.Lock()
         self.server = Server("Stage", {"Link": self._link, "Feed": self._feed}, ledger)
 
@@ -155,7 +156,10 @@ class StageService:
                     raise BadFrame(f"a sampler sent {frame.header.kind.name}")
         finally:
             self._feeds.remove(stream)
-            await self._hand_on(stream)
+            # On a task of its own: gRPC cancels this call when its peer is gone, also in the middle of handing on.
+            task = asyncio.get_running_loop().create_task(self._hand_on(stream))
+            self._handing.add(task)
+            task.add_done_callback(self._handing.discard)
 
     async def _send_weights(self, stream: FrameStream, version: int) -> None:
         async with self._published:

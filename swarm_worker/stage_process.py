@@ -39,6 +39,7 @@ from swarm_worker.entry import Entry, enter
 from swarm_worker.epochs import Epochs, span_of
 from swarm_worker.membership import Membership, await_start, join, tell_failure
 from swarm_worker.service import StageService
+from swarm_worker.turns import Turns
 from swarm_worker.vitals import watch_member, watch_stage
 from swarm_worker.worker import StageWorker
 
@@ -88,7 +89,8 @@ class StageProcess:
         self.health = Health()
         self._words: asyncio.Queue[Fence | Start | Stop | BaseException] = asyncio.Queue()
         self._stalled = ""  # why this stage cannot go on in its epoch
-        self._epoch = 0
+        self._turns = Turns()
+        self._stop: Stop | None = None  # asked for after a tick; every stage 0 that leads on is told
 
     async def run(self) -> None:
         """Join, work until the run ends, leave. Raises typed errors with one readable line."""
@@ -115,6 +117,7 @@ class StageProcess:
             start = await await_start(membership, answer=self._answer)
             if start is None:
                 return
+            self._turns.start(start.epoch, start.recovery)
             link = AnchorLink(membership, self._standing, membership.manifest.config.checkpoint.keep)
             link.on_return.append(partial(self._anchor_is_back, link))
             if self._signals:
@@ -160,30 +163,31 @@ class StageProcess:
                 said, word = word.result(), asyncio.create_task(self._words.get())
                 if isinstance(said, BaseException):
                     raise said
-                if epoch is not None and (self.worker is None or not isinstance(said, Stop)):
-                    await _cancelled(epoch)
-                    epoch = None
                 match said:
-                    case Fence() if said.epoch > self._epoch:
+                    case Fence() if self._turns.fence(said.epoch):
+                        await _cancelled(epoch)
+                        epoch = None
                         link.post(await self._answer(said))
-                    case Start():
+                    case Start() if self._turns.start(said.epoch, said.recovery):
+                        await _cancelled(epoch)
                         epoch = asyncio.create_task(self._work_epoch(membership, link, said))
-                    case Stop() if epoch is None:
+                    case Stop() if self.worker is None:
                         return said.reason
         finally:
             word.cancel()
-            if epoch is not None:
-                await _cancelled(epoch)
+            await _cancelled(epoch)
 
     async def _work_epoch(self, membership: Membership, link: AnchorLink, start: Start) -> str:
-        below, pulse, self._epoch, self._stalled = None, membership.way.pulse, start.epoch, ""
+        below, pulse, self._stalled = None, membership.way.pulse, ""
         try:
             work, zero = await self.epochs.set_up(start)
             self.service.offer(work.position.tick, work.compute.published.get(work.position.tick, {}))
             below = await self._dial_below(membership, start)
             self.worker = worker = StageWorker(membership, link, work, self.service, below, zero)
+            if zero is not None and self._stop is not None:
+                zero.lead.stop_requested = True
             watch_stage(self.health, worker)
-            for report in self.epochs.rows:
+            for report in self.epochs.take_rows():
                 link.post_report(report)
             if self.epochs.saved is not None:
                 message = Frame(
@@ -202,7 +206,7 @@ class StageProcess:
 
     async def _answer(self, fence: Fence) -> Frame:
         """What this stage can go back to. The compute thread has finished what it was at when this returns."""
-        self._epoch = fence.epoch
+        self._turns.fence(fence.epoch)
         held = await asyncio.get_running_loop().run_in_executor(self._thread, self.epochs.held, fence.epoch)
         log.warning("epoch %d: %s; this stage holds %s", fence.epoch, fence.reason, span_of(held))
         return Frame(Header(FrameKind.HELD, epoch=fence.epoch), to_bytes(held))
@@ -211,8 +215,9 @@ class StageProcess:
         """A neighbour is lost: the anchor is to end this epoch. Said again to an anchor that is back."""
         if error is not None:
             self._stalled = f"stage {self.arguments.stage}: {error}"
-            log.warning("epoch %d cannot go on: %s", self._epoch, error)
-        link.post(Frame(Header(FrameKind.FENCE, epoch=self._epoch), to_bytes(Fence(self._epoch, self._stalled))))
+            log.warning("epoch %d cannot go on: %s", self._turns.epoch, error)
+        fence = Fence(self._turns.epoch, self._stalled)
+        link.post(Frame(Header(FrameKind.FENCE, epoch=fence.epoch), to_bytes(fence)))
 
     # The anchor --------------------------------------------------------------------------------------------------------
 
@@ -232,7 +237,7 @@ class StageProcess:
                 case FrameKind.START:
                     self._words.put_nowait(from_bytes(Start, frame.payload))
                 case FrameKind.STOP:
-                    stop = from_bytes(Stop, frame.payload)
+                    self._stop = stop = from_bytes(Stop, frame.payload)
                     if self.worker is not None:
                         self.worker.stop(stop)
                     if stop.now:
@@ -247,7 +252,7 @@ class StageProcess:
 
     def _standing(self) -> Standing:
         tick, basis = self.epochs.standing()
-        return Standing(self._epoch, tick, basis, stalled=self.worker is None)
+        return Standing(self._turns.epoch, tick, basis, stalled=self.worker is None)
 
     def _anchor_is_back(self, link: AnchorLink) -> None:
         """Its stream is a new one: what was said on the last one may be lost."""
@@ -268,8 +273,12 @@ class StageProcess:
         )  # fmt: skip
         below.name(f"stage{stage}-stage{stage + 1}", "down").pace(self.limits)
         hello = Hello(role="link", stage=stage, manifest_digest=membership.digest, epoch=start.epoch)
-        await below.send(Frame(Header(FrameKind.HELLO, membership.run), to_bytes(hello)))
-        from_bytes(Welcome, (await below.expect(FrameKind.WELCOME)).payload)
+        try:
+            await below.send(Frame(Header(FrameKind.HELLO, membership.run), to_bytes(hello)))
+            from_bytes(Welcome, (await below.expect(FrameKind.WELCOME)).payload)
+        except BaseException:
+            await below.close()  # a neighbour that is not there yet would take it up in the next epoch
+            raise
         return below
 
     # Streams that others dial ------------------------------------------------------------------------------------------
@@ -300,7 +309,7 @@ class StageProcess:
                 return
             asked = True
             log.warning("%s: leaving after this tick, with a checkpoint; once more to leave at once", name)
-            stop = Stop(reason=f"stage {self.arguments.stage} got {name}")
+            self._stop = stop = Stop(reason=f"stage {self.arguments.stage} got {name}")
             link.post(Frame(Header(FrameKind.STOP), to_bytes(stop)))
             if self.worker is not None:
                 self.worker.stop(stop)  # stage 0 needs no anchor for it
@@ -309,7 +318,8 @@ class StageProcess:
             asyncio.get_running_loop().add_signal_handler(number, leave, number.name)
 
 
-async def _cancelled(task: asyncio.Task[str]) -> None:
-    """Cut off an epoch and wait until it has left nothing behind."""
-    task.cancel()
-    await asyncio.wait({task})
+async def _cancelled(task: asyncio.Task[str] | None) -> None:
+    """Cut off an epoch, if there is one, and wait until it has left nothing behind."""
+    if task is not None:
+        task.cancel()
+        await asyncio.wait({task})

@@ -110,8 +110,9 @@ class StageWorker:
         self._round_active = False
         self._finished = False  # the last decision has been applied
         self.slow = SlowCircuit(self.anchor, work, self.run_id, self.manifest.vocab)
-        # The newest version that every stage has voted to hold; before the first vote our own, as START follows BASIS.
-        self._basis_held = compute.newest_basis
+        # The newest version that every stage has voted to hold; before the first vote the one that was in use: a newer one
+        # may be on its way to some, and whoever begins again holds the newest beside what its log says.
+        self._basis_held = zero.lead.state.basis_version if zero is not None else 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.progress_at = time.monotonic()
 
@@ -154,6 +155,7 @@ class StageWorker:
                 log.warning("stage %d leaves before the anchor has booked its last report", self.span.stage)
             return reason
         finally:
+            self.over.cancel()  # from now on nobody asks what breaks
             for task in self._tasks:
                 task.cancel()
 
@@ -187,7 +189,8 @@ class StageWorker:
             if not self._finished:
                 self.fail(error)
             raise
-        self._link_closed(self.span.stage - 1)
+        finally:  # also where the call is cancelled before its end is read, as gRPC does when the peer is gone
+            self._link_closed(self.span.stage - 1)
 
     async def _read_below(self, stream: FrameStream) -> None:
         try:
@@ -288,7 +291,7 @@ class StageWorker:
             except LearningError as error:
                 raise BadFrame(str(error)) from None
             # They are in stock already; that they have come is for the log alone.
-            self.work.deliver(lambda: None, Record(Kind.ROLLOUTS, to_bytes(message)))
+            self.work.deliver(lambda: None, Record(Kind.ROLLOUTS, to_bytes(message), microbatch=message.batch))
         self._advance()
 
     # The schedule ------------------------------------------------------------------------------------------------------
@@ -364,7 +367,10 @@ class StageWorker:
             header = header_of(FrameKind.VOTE, self.run_id, stamp, self.span.stage - 1)
             self.above.post(Frame(header, to_bytes(vote)))
             return
-        self._basis_held = min(v.basis_held for v in vote.votes)
+        if (
+            len(newest := {v.basis_held for v in vote.votes}) == 1
+        ):  # an older one may have passed by a stage that was cut off
+            self._basis_held = newest.pop()
         batch = self.admission.batches[stamp.batch]
         tokens = sum(batch.layout(stamp.slice, i).tokens for i in range(stamp.microbatches))
         decide, row = self.zero.decide(stamp, vote.votes, vote.gated, tokens)

@@ -67,6 +67,18 @@ class BadFrame(Refused):
     """A frame that no correct peer sends: malformed, too large, a wrong checksum, or not expected here."""
 
 
+class Quarantined(BadFrame):
+    """The peer has sent too many bad frames in this epoch; nothing more of it is read."""
+
+
+class Crowded(BadFrame):
+    """The peer, or all of them together, have as many streams open as a server takes."""
+
+
+class Silent(BadFrame):
+    """A stream was opened, and nobody said who is there."""
+
+
 # The one table of error <-> status. ABORTED and FAILED_PRECONDITION are ours alone: gRPC itself never emits them.
 STATUS_OF: dict[type[Refused], grpc.StatusCode] = {
     StageTaken: grpc.StatusCode.ALREADY_EXISTS,

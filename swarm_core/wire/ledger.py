@@ -24,6 +24,7 @@ KIND_OF: dict[FrameKind, str] = {
     FrameKind.SLICE: "snapshot",
     FrameKind.CORRECTION: "correction",
 }
+KINDS = frozenset({*KIND_OF.values(), "control", "fidelity"})
 COLUMNS = (
     "tick",
     "link",

@@ -20,12 +20,14 @@ from urllib.parse import unquote
 import grpc
 
 from swarm_core.errors import UserError
+from swarm_core.wire.door import HELLO_LIMIT, HELLO_S, Door
 from swarm_core.wire.errors import (
     BadAddress,
     BadFrame,
     PeerLost,
     PortInUse,
     Refused,
+    Silent,
     Unreachable,
     WireError,
     from_status,
@@ -51,10 +53,12 @@ OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_concurrent_streams", 4),  # on one connection; ours carry one each
     ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share its calls
 ]
 
 
+MOST_CALLS = 1024  # open at a server at a time, whoever makes them
 # Everything that gRPC raises for a stream that is no more; which one depends on the moment.
 BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 
@@ -80,6 +84,7 @@ class FrameStream:
         self.limits = NO_LIMITS
         self._tick = 0  # of the newest frame sent
         self._sent_at = 0.0
+        self.on_first: Callable[[], None] | None = None  # called with the first frame that comes
         self.link = ""
         self.direction = "down"
         self.peer = peer
@@ -88,8 +93,7 @@ class FrameStream:
     def name(self, link: str, direction: str, limits: dict[FrameKind, int] | None = None) -> FrameStream:
         """Say which link this is (ledger rows) and how large frames may get, once the peer is known."""
         self.link, self.direction = link, direction
-        if limits is not None:
-            self._assembler = Assembler(limits)
+        self._assembler = Assembler(limits or {})
         return self
 
     def bound(self, limit: Callable[[Header], int]) -> None:
@@ -166,6 +170,9 @@ class FrameStream:
                 await self.limits.down.take(len(message))
             frame = self._assembler.feed(message)
             if frame is not None and frame.header.kind is not FrameKind.WARM:
+                if self.on_first is not None:
+                    self.on_first()
+                    self.on_first = None
                 return frame
 
     async def expect(self, kind: FrameKind) -> Frame:
@@ -250,29 +257,52 @@ class Server:
     """Serves streams; a refused or broken stream ends with the status of its error."""
 
     def __init__(self, service: str, handlers: dict[str, Handler], ledger: Ledger) -> None:
-        self._server = grpc.aio.server(options=OPTIONS)
+        self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=MOST_CALLS)
         self._ledger = ledger
         self.limits = NO_LIMITS
+        self.door = Door()
         methods = {
             name: grpc.stream_stream_rpc_method_handler(
-                self._serve(handler), request_deserializer=_raw, response_serializer=_raw
+                self._serve(name, handler), request_deserializer=_raw, response_serializer=_raw
             )
             for name, handler in handlers.items()
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(f"swarm.v1.{service}", methods),))
 
-    def _serve(self, handler: Handler) -> Callable[[Any, Any], Awaitable[None]]:
+    def _serve(self, call: str, handler: Handler) -> Callable[[Any, Any], Awaitable[None]]:
         async def serve(_request_iterator: Any, context: Any) -> None:
             stream = FrameStream(context.read, context.write, self._ledger, context.peer()).pace(self.limits)
             stream.loopback = is_loopback(unquote(context.peer()).partition(":")[2])  # "ipv4:127.0.0.1:50132"
+            stream.bound(lambda _header: HELLO_LIMIT)
+            peer = peer_name(context, call)
             try:
-                await handler(stream)
+                await self._admitted(peer, stream, handler)
             except Refused as error:
+                self.door.refused(peer, error)
                 await context.abort(status_of(error), str(error))
             except (PeerLost, asyncio.CancelledError):
                 pass  # the peer is gone, or this server stops: neither is worth gRPC's traceback in the log
 
         return serve
+
+    async def _admitted(self, peer: str, stream: FrameStream, handler: Handler) -> None:
+        """Serve one stream, if it may come in and says who it is in time. Raises what the handler does, and Silent."""
+        self.door.enter(peer)
+
+        def greeted() -> None:
+            deadline.reschedule(None)
+            self.door.greeted()
+
+        stream.on_first = greeted
+        try:
+            async with asyncio.timeout(HELLO_S) as deadline:
+                await handler(stream)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise Silent(f"no HELLO came within {HELLO_S:.0f} s") from None
+        finally:
+            self.door.leave(peer, greeted=stream.on_first is None)
 
     async def start(self, listen: str) -> str:
         """Bind and serve; returns the address with the port really bound. Raises PortInUse."""
@@ -289,6 +319,15 @@ class Server:
 
     async def stop(self) -> None:
         await self._server.stop(grace=1.0)
+
+
+def peer_name(context: Any, call: str) -> str:
+    """Who is at the other end, for whoever counts: an identity, or host and call; "" for an unnamed one on loopback."""
+    identities = context.peer_identities()
+    if identities:
+        return f"{bytes(next(iter(identities))).decode(errors='replace')} ({call})"
+    address = unquote(context.peer()).partition(":")[2]
+    return "" if is_loopback(address) else f"{address.rpartition(':')[0]} ({call})"
 
 
 def _probe(host: str, port: int, listen: str) -> None:

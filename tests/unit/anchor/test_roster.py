@@ -95,7 +95,7 @@ def test_a_place_that_was_left_is_free_again_and_only_its_holder_leaves_it() -> 
 
 def test_a_checkpoint_is_complete_with_its_last_shard_whatever_comes_in_between() -> None:
     roster = full()
-    old, new = ([Saved(t, f"tick-{t}", f"s{i}", f"d{i}", i) for i in range(3)] for t in (10, 20))
+    old, new = ([Saved(t, f"tick-{t:08d}", f"s{i}", f"d{i}", i) for i in range(3)] for t in (10, 20))
     assert roster.saved(0, old[0]) is None
     assert roster.saved(0, new[0]) is None
     assert roster.saved(1, old[1]) is None
@@ -106,7 +106,9 @@ def test_a_checkpoint_is_complete_with_its_last_shard_whatever_comes_in_between(
 
 
 @pytest.mark.parametrize(
-    ("name", "file"), [("", "s"), ("../x", "s"), ("a/b", "s"), ("..", "s"), (".hidden", "s"), ("tick-1", "../s")]
+    ("name", "file"),
+    [(n, "s") for n in ("", "../x", "a/b", "..", ".hidden", "tick-00000002")]
+    + [("tick-00000001", f) for f in ("../s", "..", "")],
 )
 def test_a_checkpoint_name_that_leaves_its_folder_is_refused(name: str, file: str) -> None:
     with pytest.raises(BadFrame, match="stage 1 names a checkpoint"):

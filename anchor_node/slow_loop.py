@@ -20,7 +20,7 @@ from codec.fit import Fit
 from codec.spec import Direction
 from swarm_core.wire.bases import Key
 from swarm_core.wire.errors import BadFrame
-from swarm_core.wire.frames import Frame
+from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.messages import Correction, FrameKind, Sketch, Slice, Snapshot, from_bytes
 from swarm_core.wire.outbox import Outbox
 
@@ -78,7 +78,8 @@ class SlowLoop:
             self.corrector.take_slice(stage, frame.header, self._anchor.roster.epoch, message)
         else:
             # Tasks run in the order of the frames; the last part of a snapshot is decoded on a thread.
-            task = asyncio.create_task(self._take_snapshot(self.corrector, stage, frame))
+            part = from_bytes(Snapshot, frame.payload)
+            task = asyncio.create_task(self._take_snapshot(self.corrector, stage, frame.header, part))
             self._taking.add(task)
             task.add_done_callback(self._taking.discard)
             task.add_done_callback(self.ended)
@@ -139,9 +140,8 @@ class SlowLoop:
 
     # Corrections -------------------------------------------------------------------------------------------------------
 
-    async def _take_snapshot(self, corrector: Corrector, stage: int, frame: Frame) -> None:
-        message = from_bytes(Snapshot, frame.payload)
-        held = await corrector.take_snapshot(stage, frame.header, self._anchor.roster.epoch, message)
+    async def _take_snapshot(self, corrector: Corrector, stage: int, header: Header, message: Snapshot) -> None:
+        held = await corrector.take_snapshot(stage, header, self._anchor.roster.epoch, message)
         if stage in self._anchor.stages:
             self._anchor.post(self._anchor.stages[stage], FrameKind.SNAPSHOT_HELD, held)
 

@@ -221,7 +221,9 @@ class Corpus:
         first, last = slice_message(part, None, self.of.vocab), slice_message(None, part, self.of.vocab)
         for each in (first, last):
             each.version, each.tick, each.lineage, each.basis_version, each.reuse = TICK + 1, TICK, LINEAGE, VERSION, 1
-        moment = m.Sketch(VERSION, TICK, matrix_of((1, Direction.FORWARD), rows(self.of, 3)[:1].T.repeat(1, 48)), 0, 9.0, 50, 200)
+        moment = m.Sketch(
+            VERSION, TICK, matrix_of((1, Direction.FORWARD), rows(self.of, 3)[:1].T.repeat(1, 48)), 0, 9.0, 50, 200
+        )
         to = "anchor"
         return [
             self._one(to, FrameKind.READY, m.Ready(1000, 4000, "a0" * 32)),
@@ -234,12 +236,16 @@ class Corpus:
             self._one("anchor, of stage 0", FrameKind.SLICE, first),
             self._one("anchor, of stage 2", FrameKind.SLICE, last),
             self._one(to, FrameKind.STOP, m.Stop("asked to", False)),
-            self._one("anchor, of a sampler", FrameKind.REPORT, m.Report("eval", TICK, {"eval/accuracy": 0.5}, number=1)),
+            self._one(
+                "anchor, of a sampler", FrameKind.REPORT, m.Report("eval", TICK, {"eval/accuracy": 0.5}, number=1)
+            ),
         ]
 
     def _samplers(self) -> list[Specimen]:
         completions = [
-            Completion(i // 4, [3, 4, 5 + i // 4], [6, 7, 8][: 1 + i % 3], [-1.0, -2.0, -0.5][: 1 + i % 3], float(i % 2), False)
+            Completion(
+                i // 4, [3, 4, 5 + i // 4], [6, 7, 8][: 1 + i % 3], [-1.0, -2.0, -0.5][: 1 + i % 3], float(i % 2), False
+            )
             for i in range(8)
         ]
         rollouts = rollouts_message(RolloutBatch(0, 0, 4, completions))
@@ -253,5 +259,7 @@ class Corpus:
 
     def _greetings(self) -> list[Specimen]:
         hello = m.Hello("stage", 1, 0, "10.0.0.1:7401", versions={"torch": "2.13.0"}, member=77)
-        return [self._one("greeting", FrameKind.HELLO, hello), self._one("greeting", FrameKind.HELLO, replace(hello, role="sampler"))]
-
+        return [
+            self._one("greeting", FrameKind.HELLO, hello),
+            self._one("greeting", FrameKind.HELLO, replace(hello, role="sampler")),
+        ]

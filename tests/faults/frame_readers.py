@@ -47,6 +47,7 @@ from swarm_core.learning.objective import make_objective
 from swarm_core.manifest import Manifest, read_manifest
 from swarm_core.models.reading import load_stage
 from swarm_core.wire import messages as m
+from swarm_core.wire.bases import largest_set_bytes
 from swarm_core.wire.door import HELLO_LIMIT
 from swarm_core.wire.errors import BadFrame, PeerLost, Refused
 from swarm_core.wire.frames import Assembler, Frame, run_id
@@ -62,7 +63,16 @@ from swarm_worker.lead import Lead
 from swarm_worker.link_ends import LinkEnd
 from swarm_worker.membership import ANCHOR_LIMITS, CORRECTION_BESIDE, Membership, await_start, read_bases
 from swarm_worker.sampler.weights import read_weights
-from swarm_worker.schedule import ActivationCame, Begun, Computed, Decided, GradientCame, ResendAsked, Schedule, VoteCame
+from swarm_worker.schedule import (
+    ActivationCame,
+    Begun,
+    Computed,
+    Decided,
+    GradientCame,
+    ResendAsked,
+    Schedule,
+    VoteCame,
+)
 from swarm_worker.service import ROLLOUT_LIMIT
 from swarm_worker.slow_circuit import SlowCircuit
 from swarm_worker.snapshots import SnapshotShipper
@@ -192,7 +202,9 @@ class _LinkReader:
                 made = read_batch(from_bytes(m.BatchData, frame.payload), size, self.of.vocab)
                 admission.batches[made.number] = made
                 for slice_ in range(len(made.microbatches)):  # what the first packets of it would ask for
-                    header = replace(frame.header, kind=FrameKind.ACTIVATION, batch=made.number, slice=slice_, microbatch=0)
+                    header = replace(
+                        frame.header, kind=FrameKind.ACTIVATION, batch=made.number, slice=slice_, microbatch=0
+                    )
                     for mode in (Mode.TRAIN, Mode.PROBE):
                         with contextlib.suppress(BadFrame):
                             admission.largest(Direction.FORWARD, replace(header, mode=mode))
@@ -331,7 +343,8 @@ def from_anchor(chunks: list[bytes]) -> None:
     of = manifest("uniform")
     membership = Membership(cast(Any, None), of, "", cast(Any, None), _held_before())
     shipper = SnapshotShipper(lambda *_: None, of.vocab)
-    for frame in frames(chunks, Assembler(dict(ANCHOR_LIMITS))):
+    limits = ANCHOR_LIMITS | {FrameKind.BASIS: largest_set_bytes(of.link(), of.boundaries)}
+    for frame in frames(chunks, Assembler(limits)):
         match frame.header.kind:
             case FrameKind.WELCOME:
                 read_manifest(from_bytes(m.Welcome, frame.payload).manifest)

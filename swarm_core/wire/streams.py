@@ -325,7 +325,7 @@ def peer_name(context: Any, call: str) -> str:
     """Who is at the other end, for whoever counts: an identity, or host and call; "" for an unnamed one on loopback."""
     identities = context.peer_identities()
     if identities:
-        return f"{bytes(next(iter(identities))).decode(errors='replace')} ({call})"
+        return bytes(next(iter(identities))).decode(errors="replace")
     address = unquote(context.peer()).partition(":")[2]
     return "" if is_loopback(address) else f"{address.rpartition(':')[0]} ({call})"
 

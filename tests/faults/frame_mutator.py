@@ -183,7 +183,7 @@ class Mutator:
             where = r.randrange(2, 2 + HEADER_BYTES) if r.random() < 0.7 else r.randrange(len(out))
             size = min(r.choice((1, 4, 8)), len(out) - where)
             out[where : where + size] = (r.choice(U64) & (1 << 8 * size) - 1).to_bytes(size, "little")
-            chunks[at] = _recounted(out) if r.random() < 0.9 else bytes(out)
+            chunks[at] = recounted(out) if r.random() < 0.9 else bytes(out)
         elif which < 0.6:
             del chunks[at]
         elif which < 0.7:
@@ -202,7 +202,7 @@ def _encoded(message: Any, frame: Frame) -> bytes:
         return bytes(frame.payload)
 
 
-def _recounted(chunk: bytearray) -> bytes:
+def recounted(chunk: bytearray) -> bytes:
     """With the CRC that fits."""
     head = bytes(chunk[2 : 2 + HEADER_BYTES])
     crc = crc32(head[CHECKSUM.stop - 2 :], crc32(head[: CHECKSUM.start - 2]))

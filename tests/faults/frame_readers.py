@@ -49,7 +49,7 @@ from swarm_core.models.reading import load_stage
 from swarm_core.wire import messages as m
 from swarm_core.wire.bases import largest_set_bytes
 from swarm_core.wire.door import HELLO_LIMIT
-from swarm_core.wire.errors import BadFrame, PeerLost, Refused
+from swarm_core.wire.errors import BadFrame, Refused
 from swarm_core.wire.frames import Assembler, Frame, run_id
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import FrameKind, Mode, from_bytes
@@ -479,4 +479,9 @@ class _Errors(logging.Handler):
         self.said.append(f"{record.getMessage()}: {type(error).__name__}: {error}")
 
 
-__all__ = ["TYPED", "PeerLost", "Readers", "Untyped"]
+def peak_bytes(reset: bool = False) -> int:
+    """The most memory that this process has held, since the last reset where the kernel can (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))

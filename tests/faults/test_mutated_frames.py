@@ -16,7 +16,7 @@ import pytest
 import torch
 from frame_corpus import Corpus, Specimen
 from frame_mutator import Mutator
-from frame_readers import TYPED, Readers, Untyped
+from frame_readers import TYPED, Readers, Untyped, peak_bytes
 
 from swarm_core.wire.frames import chunks_of
 from swarm_core.wire.messages import FrameKind
@@ -39,14 +39,6 @@ def readers(tmp_path: Path) -> Iterator[Readers]:
     made = Readers(tmp_path)
     yield made
     made.close()
-
-
-def peak_bytes(reset: bool = False) -> int:
-    """The most memory that this process has held, since the last reset where the kernel can (Linux)."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
 
 
 def test_every_kind_of_frame_has_a_specimen_that_its_reader_takes(corpus: Corpus, readers: Readers) -> None:

@@ -31,7 +31,18 @@ from codec.spec import Direction, LinkSpec
 from swarm_core.wire.errors import BadFrame, ManifestMismatch, StaleEpoch
 from swarm_core.wire.frames import CHUNK_BYTES, Frame, Header, _header_bytes, _length_bytes, address_of, chunks_of
 from swarm_core.wire.frames import HEADER_BYTES as HEADER_SIZE
-from swarm_core.wire.messages import BasisSet, BatchData, Decide, FrameKind, Outcome, Report, Vote, from_bytes, to_bytes
+from swarm_core.wire.messages import (
+    BasisSet,
+    BatchData,
+    Decide,
+    FrameKind,
+    Outcome,
+    Report,
+    Sketch,
+    Vote,
+    from_bytes,
+    to_bytes,
+)
 from swarm_worker.admission import Admission
 from swarm_worker.headers import Position, key
 from swarm_worker.schedule import ActivationCame, Begun, Decided, GradientCame, ProtocolError, Schedule, VoteCame
@@ -250,3 +261,18 @@ def test_recorded_frames_of_a_link_are_of_a_round_that_is_over(corpus: Corpus) -
     with pytest.raises(ManifestMismatch, match="do not share a history"):
         begin = next(s for s in corpus.specimens if s.frame.header.kind is FrameKind.BEGIN)
         admission.stamp(begin.frame)
+
+
+def test_a_sketch_is_its_senders_own_and_of_a_tick_that_the_run_comes_to(corpus: Corpus, readers: Readers) -> None:
+    specimen = next(s for s in corpus.specimens if s.frame.header.kind is FrameKind.SKETCH)
+    for stage in (0, 2):
+        with pytest.raises(BadFrame, match="that is not its own"):
+            readers.take(f"anchor, of stage {stage}", chunks_of(specimen.frame))
+    for tick in (100, 2**32 - 1):
+        late = replace(from_bytes(Sketch, specimen.frame.payload), tick=tick)
+        with pytest.raises(BadFrame, match="the run ends with tick 99"):
+            readers.take(specimen.to, chunks_of(replace(specimen.frame, payload=to_bytes(late))))
+    assert readers.anchor.service.slow.keeper is not None
+    assert not readers.anchor.service.slow.keeper._seen
+    readers.take(specimen.to, chunks_of(specimen.frame))
+    assert readers.anchor.service.slow.keeper._seen

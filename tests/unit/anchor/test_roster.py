@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from anchor_node.roster import Roster
@@ -170,3 +172,24 @@ def test_members_at_work_and_members_that_come_anew_do_not_mix() -> None:
 def test_a_member_at_work_is_unknown_to_an_anchor_of_another_start(known: set[int] | None) -> None:
     with pytest.raises(StageTaken, match=r"does not know it.*--resume"):
         Roster(3, DIGEST, PRINT, known).join(at_work(0))
+
+
+@pytest.mark.parametrize("address", ["", "here", "10.0.0.1", "a b:1", "a\nb:1", "x" * 300 + ":1", "h:99999"])
+def test_an_address_that_nobody_can_dial_is_refused(address: str) -> None:
+    with pytest.raises(BadFrame, match="which is no address"):
+        Roster(2, DIGEST, PRINT).join(replace(hello(0), address=address))
+
+
+def test_ready_is_said_once() -> None:
+    roster = Roster(1, DIGEST, PRINT)
+    member = roster.join(hello(0))
+    assert roster.is_ready(member, Ready(model_fingerprint=PRINT))
+    with pytest.raises(BadFrame, match="ready already"):
+        roster.is_ready(member, Ready(model_fingerprint=PRINT))
+
+
+def test_checkpoints_that_nobody_completes_are_forgotten() -> None:
+    roster = full()
+    for tick in range(1000):
+        roster.saved(0, Saved(tick, f"tick-{tick:08d}", "s", "d", 1))
+    assert len(roster._saved) == 64 and min(roster._saved) == "tick-00000936"

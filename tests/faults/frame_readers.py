@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from frame_corpus import (
@@ -94,11 +95,11 @@ class Readers:
     """One of each. `done` closes what is open; what an accepted frame has moved is put back, or does not matter."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._anchors = folder, 0
+        self._folder, self._anchors, self._loop = folder, 0, asyncio.new_event_loop()
         self._links = {name: _LinkReader(name) for name in LINKS}
         self._corrections = {form: _CorrectionReader(form) for form in FORMS}
         self._zero = _StageZeroReader(folder)
-        self.anchor = _AnchorReader(folder / "anchor-0")
+        self.anchor = _AnchorReader(folder / "anchor-0", self._loop)
         self.accepted = 0
 
     def take(self, to: str, chunks: Iterable[bytes]) -> None:
@@ -137,10 +138,13 @@ class Readers:
         if self.anchor.service.over.done() or self.anchor.taken > 500:
             self.anchor.close()
             self._anchors += 1
-            self.anchor = _AnchorReader(self._folder / f"anchor-{self._anchors}")
+            self.anchor = _AnchorReader(self._folder / f"anchor-{self._anchors}", self._loop)
 
     def close(self) -> None:
         self.anchor.close()
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        for loop in (self._loop, *(each._loop for each in self._corrections.values())):
+            loop.close()
         self._zero.journal.close()
 
 
@@ -252,6 +256,7 @@ class _LinkReader:
             decoded = end.decode(frame.payload, direction, stamp(self.of, h.mode), crossing, h.microbatch)
             assert bool(torch.isfinite(decoded).all()), "a decoded tensor is not finite"
         finally:
+            end.sizes.fault()
             end._scoring = None
             end.settle(keep=False)
 
@@ -389,15 +394,16 @@ def sampler(chunks: list[bytes]) -> None:
 class _AnchorReader:
     """A real AnchorService with a keeper and a corrector, three stages attending; posts go nowhere."""
 
-    def __init__(self, folder: Path) -> None:
-        self.taken, self._loop = 0, asyncio.new_event_loop()
+    def __init__(self, folder: Path, loop: asyncio.AbstractEventLoop) -> None:
+        self.taken, self._loop = 0, loop
         self._loop.run_until_complete(self._open(folder))
         self._log = _Errors()
         logging.getLogger("anchor_node").addHandler(self._log)
 
     async def _open(self, folder: Path) -> None:
         of = manifest("uniform")
-        service = self.service = AnchorService(of, cast(Any, _Quiet()), folder, None, Ledger())
+        with mock.patch("anchor_node.service.Server"):  # gRPC never lets go of a server that was not started
+            service = self.service = AnchorService(of, cast(Any, _Quiet()), folder, None, Ledger())
         service.books = Books(folder)
         service.tick = service.memory.tick = TICK
         service.slow.keeper = BasisKeeper(of.link(), of.boundaries, basis_set(of), of.config.links.fit)
@@ -453,8 +459,6 @@ class _AnchorReader:
             self.service.over.exception()
         assert self.service.slow.corrector is not None
         self.service.slow.corrector._thread.shutdown(wait=False)
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
-        self._loop.close()
 
 
 class _Nowhere:

@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 test: $(SETUP)  ## all tests, offline, on one thread a process
 	$(OFFLINE) $(BIN)/python -m pytest -q --durations=10 $(ARGS)
 
-test-faults: $(SETUP)  ## the long forms of tests/faults: 100,000 hostile frames (10 min)
+test-faults: $(SETUP)  ## the long forms of tests/faults: 100,000 hostile frames (2 min)
 	KEDGE_FRAMES=100000 $(OFFLINE) $(BIN)/python -m pytest -q -s -o faulthandler_timeout=3600 tests/faults $(ARGS)
 
 check: $(SETUP)  ## style, types, rooms, README tree, stubs, knob table

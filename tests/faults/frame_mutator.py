@@ -110,8 +110,7 @@ class Mutator:
         if is_dataclass(value):
             return self._message(value)
         if isinstance(value, dict):
-            more = {r.choice(TEXTS): next(iter(value.values()), 0.0)} if all(isinstance(k, str) for k in value) else {}
-            return r.choice(({}, value | more, {k: self._value(v) for k, v in value.items()}))
+            return self._mapping(value)
         items = list(value)
         which = r.random()
         if which < 0.2 or not items:
@@ -121,11 +120,25 @@ class Mutator:
         at = r.randrange(len(items))
         return items[:at] + ([] if which < 0.6 else [self._value(items[at])]) + items[at + 1 :]
 
+    def _mapping(self, value: dict[Any, Any]) -> dict[Any, Any]:
+        """One entry gone, renamed, changed or more; or none left."""
+        r, which = self.random, self.random.random()
+        if not value or which < 0.1:
+            return {}
+        name = r.choice(list(value))
+        rest = {k: v for k, v in value.items() if k != name}
+        if which < 0.35:
+            return rest
+        if which < 0.7:
+            return rest | {name: self._value(value[name])}
+        other = r.choice((*TEXTS, name + "0", name[:-1])) if isinstance(name, str) else r.choice(U32)
+        return (rest if which < 0.85 else value) | {other: value[name]}
+
     # Bytes -------------------------------------------------------------------------------------------------------------
 
     def _bytes(self, data: bytes | bytearray | memoryview) -> bytes:
         r, out = self.random, bytearray(data)
-        which = r.randrange(7)
+        which = r.randrange(8)
         if which == 0 or not out:
             return bytes(out) + r.randbytes(r.choice((1, 3, 4, 64, 4096, 100_000)))
         if which == 1:
@@ -143,6 +156,11 @@ class Mutator:
         elif which == 5:
             a, b = sorted(r.randrange(len(out) + 1) for _ in range(2))
             out[a:a] = out[a:b]
+        elif which == 6:  # a float of a column
+            form = r.choice(("<f", "<d"))
+            at = r.randrange(-(-len(out) // struct.calcsize(form))) * struct.calcsize(form)
+            number = r.choice([f for f in FLOATS if form == "<d" or not 3.5e38 < abs(f) < float("inf")])
+            out[at : at + struct.calcsize(form)] = struct.pack(form, number)
         else:
             a = r.randrange(len(out))
             out[a : a + r.choice((4, 64))] = r.choice((b"\0", b"\xff", b"\x7f\xc0")) * 32

@@ -129,7 +129,7 @@ class Corpus:
 
     def __init__(self) -> None:
         self.specimens = [*self._links(), *self._down(), *self._up(), *self._from_anchor(), *self._corrections()]
-        self.specimens += [*self._to_anchor(), *self._samplers(), *self._greetings()]
+        self.specimens += [*self._to_anchor(), *self._samplers(), *self._greetings(), *self._look()]
 
     @property
     def kinds(self) -> set[FrameKind]:
@@ -196,6 +196,18 @@ class Corpus:
             self._one(to, FrameKind.STOP, m.Stop("it is over", True)),
             self._one(to, FrameKind.SNAPSHOT_HELD, m.SnapshotHeld(2, 100, False, "")),
             self._one(to, FrameKind.BOOKED, m.Booked(3)),
+            self._one(to, FrameKind.FENCE, m.Fence(2, "stage 1 is gone")),
+            self._one(to, FrameKind.BEAT, m.Beat(10.0, 9.0, 0.5, "at work", "the vote of stage 2", 3.0)),
+        ]
+
+    def _look(self) -> list[Specimen]:
+        tried = m.Tried(1.0, 1, {"torch": "2.13.0"}, "10.0.0.1:7401", "run", "at work", 0, "")
+        to = "doctor and status"
+        return [
+            self._one(to, FrameKind.STATUS, m.Status("{}")),
+            self._one(to, FrameKind.TRIAL, m.Trial("echo", 100, 7401, b"12345678")),
+            self._one(to, FrameKind.TRIED, tried),
+            self._one(to, FrameKind.LOAD, payload=bytes(100)),
         ]
 
     def _corrections(self) -> list[Specimen]:
@@ -236,6 +248,8 @@ class Corpus:
             self._one("anchor, of stage 0", FrameKind.SLICE, first),
             self._one("anchor, of stage 2", FrameKind.SLICE, last),
             self._one(to, FrameKind.STOP, m.Stop("asked to", False)),
+            self._one(to, FrameKind.FENCE, m.Fence(9, "stage 2 is gone")),
+            self._one(to, FrameKind.HELD, m.Held(9, 7, [3, 4], [5, 6], [7, 8], m.Decide(m.Outcome.COMMIT, 0.5))),
             self._one(
                 "anchor, of a sampler", FrameKind.REPORT, m.Report("eval", TICK, {"eval/accuracy": 0.5}, number=1)
             ),

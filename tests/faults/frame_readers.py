@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -49,6 +50,7 @@ from swarm_core.manifest import Manifest, read_manifest
 from swarm_core.models.reading import load_stage
 from swarm_core.wire import messages as m
 from swarm_core.wire.bases import largest_set_bytes
+from swarm_core.wire.beats import Heart, Pulse
 from swarm_core.wire.door import HELLO_LIMIT
 from swarm_core.wire.errors import BadFrame, Refused
 from swarm_core.wire.frames import Assembler, Frame, run_id
@@ -122,7 +124,7 @@ class Readers:
             case "greeting":
                 reader = self.anchor.greet
             case _:
-                reader = {"from the anchor": from_anchor, "sampler": sampler}[name]
+                reader = {"from the anchor": from_anchor, "sampler": sampler, "doctor and status": looked}[name]
         try:
             reader(list(chunks))
             self.accepted += 1
@@ -346,7 +348,7 @@ def _held_before() -> m.BasisSet:
 def from_anchor(chunks: list[bytes]) -> None:
     """What a member is told: manifest, bases, start, end (swarm_worker/membership.py, worker.py)."""
     of = manifest("uniform")
-    membership = Membership(cast(Any, None), of, "", cast(Any, None), _held_before())
+    membership = Membership(cast(Any, None), of, "", cast(Any, SimpleNamespace(pulse=Pulse())), _held_before())
     shipper = SnapshotShipper(lambda *_: None, of.vocab)
     limits = ANCHOR_LIMITS | {FrameKind.BASIS: largest_set_bytes(of.link(), of.boundaries)}
     for frame in frames(chunks, Assembler(limits)):
@@ -365,8 +367,22 @@ def from_anchor(chunks: list[bytes]) -> None:
                 shipper.held(from_bytes(m.SnapshotHeld, frame.payload))
             case FrameKind.BOOKED:
                 from_bytes(m.Booked, frame.payload)
+            case FrameKind.FENCE:
+                from_bytes(m.Fence, frame.payload)
+            case FrameKind.BEAT:
+                Heart(cast(Any, None)).take(frame)
             case kind:
                 raise BadFrame(f"the anchor sent {kind.name}")
+
+
+def looked(chunks: list[bytes]) -> None:
+    """What doctor and status ask and are told (swarm_worker/doctor.py, anchor_node/probing.py, status.py)."""
+    kinds = {FrameKind.STATUS: m.Status, FrameKind.TRIAL: m.Trial, FrameKind.TRIED: m.Tried}
+    for frame in frames(chunks, Assembler({})):
+        if frame.header.kind in kinds:
+            from_bytes(kinds[frame.header.kind], frame.payload)
+        elif frame.header.kind is not FrameKind.LOAD:
+            raise BadFrame(f"{frame.header.kind.name} came")
 
 
 class _Once:

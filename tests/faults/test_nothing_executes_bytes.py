@@ -36,6 +36,9 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "data.reward = package.module:function is an operator's own code, installed beside a sampler; importing it is the "
         "feature. The name is in the manifest, so a sampler trusts its anchor with it (docs/operations.md says so)."
     ),
+    ("swarm_worker/redo.py", "msgpack.unpackb"): (
+        "a stage's own log on its own disk, a record at a time behind its length and checksum; plain types only"
+    ),
     (
         "swarm_core/learning/stage.py",
         "importlib.import_module",

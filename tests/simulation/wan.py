@@ -15,6 +15,7 @@ from typing import Any
 
 from virtual_loop import CURRENT, Process, VirtualLoop
 
+from swarm_core.wire.door import Door
 from swarm_core.wire.errors import PeerLost, Refused, Unreachable, WireError
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
@@ -189,7 +190,7 @@ class Server:
         self.process, self.ledger, self.limits = process, ledger, NO_LIMITS
         self.handlers = {f"{service}/{name}": handler for name, handler in handlers.items()}
         self.wan: Wan = Wan.here
-        self.identity, self.trusted_network = None, True
+        self.identity, self.trusted_network, self.door = None, True, Door()
 
     async def start(self, listen: str) -> str:
         return self.wan.listen(self, listen)

@@ -16,7 +16,7 @@ OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_
 IMPORT  := PYTHONPATH=$(CURDIR):$(CURDIR)/proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check demo bench bench-codec bench-links bench-wire bench-anchor decoupling tiny-model wide-model knobs stubs format clean
+.PHONY: help setup test test-faults check demo bench bench-codec bench-links bench-wire bench-anchor decoupling tiny-model wide-model knobs stubs format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -38,6 +38,9 @@ $(STAMP): pyproject.toml constraints.txt
 # other's rest, so that what a module's tests share is made once or twice. ARGS="-n 0" for one after the other.
 test: $(SETUP)  ## all tests, offline, two at a time, on one thread a process
 	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10 $(ARGS)
+
+test-faults: $(SETUP)  ## the long forms: 2000 bad days of a simulated swarm, the whole model (10 min)
+	$(OFFLINE) KEDGE_SEEDS=2000 KEDGE_FULL=1 $(BIN)/python -m pytest -q tests/simulation tests/faults $(ARGS)
 
 check: $(SETUP)  ## style, types, rooms, README tree, stubs, knob table
 	$(BIN)/ruff check .

@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from anchor_node.memory import Memory
-from swarm_core.wire.ledger import COLUMNS
+from swarm_core.wire.errors import BadFrame
+from swarm_core.wire.ledger import COLUMNS, KINDS, OPPOSITE
 from swarm_core.wire.messages import LedgerRow, Report
+
+STAMPED = ("type", "tick", "time_s")  # of every metrics row, by the books themselves
+WORDS_OF = {"failed": ("message",), "lost": ("message",), "finished": ("message", "checkpoint", "evaluation")}
+NO_END = 1 << 31  # ticks: three of them a second for 20 years
+LONGEST_NAME, LONGEST_WORD = 200, 1 << 16  # characters of a metric's or a link's name; of an event's message
 
 
 class Books:
@@ -116,6 +122,30 @@ class Books:
     def close(self) -> None:
         self._metrics.close()
         self._ledger_file.close()
+
+
+def check_report(report: Report, ticks: int) -> None:
+    """Raises BadFrame for a report that would leave in the books what no process has to report.
+
+    `ticks`: after which the run ends, 0 where it does not. A row of the ledger or a kind that does not exist would stay
+    in memory and on disk for the whole run; a word of an event that is missing would be missed when it is acted on.
+    """
+    last = ticks + 1 if ticks else NO_END
+    if max(report.tick, max((row.tick for row in report.ledger), default=0)) > last:
+        raise BadFrame(f"a report about a tick beyond {last}, where the run ends")
+    for row in report.ledger:
+        if row.kind not in KINDS or row.direction not in OPPOSITE or len(row.link) > LONGEST_NAME:
+            raise BadFrame(
+                f"a ledger row of kind {row.kind[:LONGEST_NAME]!r}, direction {row.direction[:9]!r}: there is none"
+            )
+    names = report.words.keys() | report.numbers.keys()
+    if not names.isdisjoint(STAMPED) or max(map(len, names), default=0) > LONGEST_NAME:
+        raise BadFrame(f"a report with a number or word that is named one of {', '.join(STAMPED)}, or too long")
+    if max(map(len, report.words.values()), default=0) > LONGEST_WORD or len(report.type) > LONGEST_NAME:
+        raise BadFrame(f"a report with a word of more than {LONGEST_WORD} letters")
+    event = report.words.get("event", "")
+    if missing := [name for name in WORDS_OF.get(event, ()) if name not in report.words]:
+        raise BadFrame(f"the event {event!r} came without {', '.join(missing)}")
 
 
 def _plain(value: Any) -> Any:

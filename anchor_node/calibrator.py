@@ -9,7 +9,9 @@ is said of it, is the same.
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -31,7 +33,8 @@ from swarm_core.wire.messages import BasisMatrix, BasisSet, Sketch
 CALIBRATION_SEQUENCES = 8  # in one forward; the anchor is slow, not large
 LABEL_DRAWS = 4  # of the metric's labels at each position; on 32 prompts a single one costs a tenth of the accuracy
 KEPT_VERSIONS = 4  # whose sketches may still come: batches stay on the version they began with
-KEPT_WINDOWS = 4  # that wait for their last sketch
+KEPT_WINDOWS = 4  # whose sketches of one boundary, direction and part wait for the others
+MOST_COUNTED = 1 << 48  # rows or bytes in a window: more than any line carries in one
 MOMENT, METRIC = 0, 1  # Sketch.part
 log = logging.getLogger(__name__)
 
@@ -144,7 +147,9 @@ class BasisKeeper:
         if fit == "metric":
             self._wanted |= {(*key, METRIC) for key in keys if key[1] is Direction.FORWARD}
         self._held = {current.version: self._read(current)}
-        self._windows: dict[tuple[int, int], dict[tuple[int, Direction, int], _Sum]] = {}  # by tick and version
+        # What is in, by tick and version, of each part, and of that by sender: a sender's absurd ticks push out his own.
+        self._seen: dict[tuple[int, Direction, int], dict[tuple[int, int], dict[int, _Sum]]] = {}
+        self._done = -1  # tick of the newest window that was complete
 
     @property
     def version(self) -> int:
@@ -180,11 +185,12 @@ class BasisKeeper:
             for (boundary, direction), value in values.items()
         }
 
-    def add(self, sketch: Sketch) -> BasisSet | None:
+    def add(self, sketch: Sketch, replica: int = 0) -> BasisSet | None:
         """Take one sketch; the new basis set when it was the last one missing. Raises BadFrame.
 
         Only sketches taken against the same version make up a window. Windows that stay incomplete are dropped as soon
-        as a later one is complete, and so are sketches of versions long gone.
+        as a later one is complete, and so are sketches of versions long gone. The same sketch of the same replica counts
+        once, whenever it comes again.
         """
         key = key_of(sketch.matrix, self._boundaries)
         if (*key, sketch.part) not in self._wanted:
@@ -193,13 +199,21 @@ class BasisKeeper:
             return None
         height, columns = self.spec.width, self._held[sketch.version][key].rank
         one = _Sum(sketch_of(sketch.matrix, height, columns), sketch.trace, sketch.rows_seen, sketch.packet_bytes)
-        window = self._windows.setdefault((sketch.tick, sketch.version), {})
-        part = (*key, sketch.part)
-        window[part] = window[part] + one if part in window else one
-        self._windows = {at: self._windows[at] for at in sorted(self._windows)[-KEPT_WINDOWS:]}
-        if set(window) != self._wanted:
+        if max(sketch.rows_seen, sketch.packet_bytes) > MOST_COUNTED:
+            raise BadFrame(
+                f"a sketch of {sketch.rows_seen} rows in {sketch.packet_bytes} bytes: no link carries so many"
+            )
+        if sketch.tick <= self._done:
             return None
-        self._windows = {at: parts for at, parts in self._windows.items() if at[0] > sketch.tick}
+        part, at = (*key, sketch.part), (sketch.tick, sketch.version)
+        seen = self._seen.setdefault(part, {})
+        seen.setdefault(at, {})[replica] = one
+        self._seen[part] = {kept: seen[kept] for kept in sorted(seen)[-KEPT_WINDOWS:]}
+        if not all(at in self._seen.get(wanted, {}) for wanted in self._wanted):
+            return None
+        window = {wanted: functools.reduce(operator.add, self._seen[wanted][at].values()) for wanted in self._wanted}
+        self._done = sketch.tick
+        self._seen = {p: {k: sums for k, sums in of.items() if k[0] > sketch.tick} for p, of in self._seen.items()}
         against = self._held[sketch.version]
 
         def refreshed(key: Key) -> Fit:

@@ -108,6 +108,7 @@ class Epochs:
             if anchor.memory.roles[number].startswith("stage"):
                 anchor.memory.leave(int(number))
         anchor.roster.start()
+        anchor.server.door.begin_epoch()
         anchor.books.mark()
         for stage, box in anchor.stages.items():
             anchor.slow.post_bases_to_newcomer(box, stage)

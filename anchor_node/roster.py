@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
-from swarm_core.wire.errors import BadFrame, ManifestMismatch, StageOutOfRange, StageTaken
+from swarm_core.run_folder import checkpoint_name
+from swarm_core.wire.errors import BadAddress, BadFrame, ManifestMismatch, StageOutOfRange, StageTaken
 from swarm_core.wire.messages import PROTOCOL, Hello, Ready, Saved
+from swarm_core.wire.streams import split_address
+
+MOST_INCOMPLETE = 64  # checkpoints that wait for a stage; one that is away brings the few newest when it comes back
+LONGEST_ADDRESS = 300  # a host name has at most 253 letters
+_FILE = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
 
 
 @dataclass
@@ -57,6 +64,7 @@ class Roster:
             raise StageOutOfRange(
                 f"stage {hello.stage} does not exist: this run has stages 0 to {self.stages - 1} (run.toml: swarm.stages)"
             )
+        _check_address(hello.address)
         held = self.members.get(hello.stage)
         if held is not None and hello.at_work and 0 < hello.member == held.number:
             held.away = False  # the same process on a new stream
@@ -104,6 +112,8 @@ class Roster:
 
     def is_ready(self, member: Member, ready: Ready) -> bool:
         """The worker has loaded its layers. True when the swarm is complete. Raises ManifestMismatch."""
+        if member.ready is not None:
+            raise BadFrame(f"stage {member.stage} is ready already")
         if ready.model_fingerprint != self.fingerprint:
             raise ManifestMismatch(
                 f"stage {member.stage} has loaded another checkpoint: fingerprint {ready.model_fingerprint[:12]}..., "
@@ -131,11 +141,24 @@ class Roster:
 
     def saved(self, stage: int, saved: Saved) -> dict[int, Saved] | None:
         """Note a stage's shard; all shards of the checkpoint once every stage has written its own."""
-        if not saved.checkpoint or "/" in saved.checkpoint or "/" in saved.file or saved.checkpoint.startswith("."):
-            raise BadFrame(f"stage {stage} names a checkpoint {saved.checkpoint!r}/{saved.file!r}")
+        if saved.checkpoint != checkpoint_name(saved.tick) or not _FILE.fullmatch(saved.file):
+            raise BadFrame(f"stage {stage} names a checkpoint {saved.checkpoint[:99]!r}/{saved.file[:99]!r}")
         shards = self._saved.setdefault(saved.checkpoint, {})
+        while len(self._saved) > MOST_INCOMPLETE:
+            del self._saved[min(self._saved)]
         shards[stage] = saved
         if len(shards) < self.stages:
             return None
         del self._saved[saved.checkpoint]
         return shards
+
+
+def _check_address(address: str) -> None:
+    """What others will dial, and people read in logs. Raises BadFrame."""
+    try:
+        split_address(address)
+        if len(address) <= LONGEST_ADDRESS and address.isprintable() and " " not in address:
+            return
+    except BadAddress:
+        pass
+    raise BadFrame(f"a worker says that it is at {address[:99]!r}, which is no address")

@@ -52,7 +52,7 @@ class Samplers:
                         case FrameKind.READY:
                             anchor.event("ready", "a sampler")
                         case FrameKind.REPORT:
-                            self._take(number, box, from_bytes(Report, frame.payload))
+                            self._take(number, box, anchor.read_report(frame))
                         case FrameKind.STOP:
                             anchor.drain(from_bytes(Stop, frame.payload).reason)
                         case kind:

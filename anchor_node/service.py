@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from anchor_node.absences import GRACE_S, Absences
-from anchor_node.books import Books
+from anchor_node.books import NO_END, Books, check_report
 from anchor_node.checkpoints import Checkpoint, CheckpointError, complete, found, set_later_aside
 from anchor_node.epochs import Epochs
 from anchor_node.memory import Memory
@@ -43,7 +43,7 @@ from swarm_core.wire.outbox import Outbox
 from swarm_core.wire.streams import FrameStream, Server
 
 log = logging.getLogger(__name__)
-LIMITS = {FrameKind.SKETCH: 256 << 20, FrameKind.REPORT: 16 << 20, FrameKind.SLICE: 256 << 20}
+REPORT_LIMIT = 16 << 20  # 20,000 rows of the ledger are 2 MB
 
 
 class Screen(Protocol):
@@ -131,7 +131,7 @@ class AnchorService:
         lost = self.roster.members.get(hello.stage)
         member = self.roster.join(hello)
         stage = member.stage
-        stream.name(f"anchor-stage{stage}", "down", LIMITS)
+        stream.name(f"anchor-stage{stage}", "down", {FrameKind.REPORT: REPORT_LIMIT} | self.slow.limits())
         stream.peer = f"stage {stage} at {hello.address}"
         log.info("stage %d %s from %s", stage, "is back" if hello.at_work else "joined", hello.address)
         async with self.outbox(stream) as box:
@@ -260,7 +260,7 @@ class AnchorService:
             case FrameKind.HELD:
                 self.epochs.take(member.stage, from_bytes(Held, frame.payload))
             case FrameKind.REPORT:
-                report = from_bytes(Report, frame.payload)
+                report = self.read_report(frame)
                 self._newest = max(self._newest, report.tick)
                 if report.words.get("event") == "failed":
                     self._failure = self._failure or report.words["message"]
@@ -300,6 +300,18 @@ class AnchorService:
         self.event("start", f"{self.manifest.stages} stages, at tick {self.tick}")
 
     # What is reported --------------------------------------------------------------------------------------------------
+
+    def read_report(self, frame: Frame) -> Report:
+        """A report that the books can hold. Raises BadFrame."""
+        report = from_bytes(Report, frame.payload)
+        check_report(report, self.manifest.config.run.ticks)
+        return report
+
+    def check_tick(self, tick: int, what: str) -> None:
+        """Raises BadFrame for a tick that this run will never come to."""
+        ticks = self.manifest.config.run.ticks or NO_END
+        if tick >= ticks:
+            raise BadFrame(f"{what} is of tick {tick}; the run ends with tick {ticks - 1}")
 
     def book(self, member: int, box: Outbox, report: Report) -> None:
         """Take a report into the books, once, and say so: its sender keeps it until then."""

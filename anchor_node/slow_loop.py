@@ -12,14 +12,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from anchor_node.calibrator import BasisKeeper, part_for_stage
+from anchor_node.calibrator import MOMENT, BasisKeeper, part_for_stage
 from anchor_node.corrector import Corrector
 from anchor_node.memory import keep_bases
 from anchor_node.replay_bases import ReplayBases
 from codec.fit import Fit
+from codec.spec import Direction
 from swarm_core.wire.bases import Key
 from swarm_core.wire.errors import BadFrame
-from swarm_core.wire.frames import Frame
+from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.messages import Correction, FrameKind, Sketch, Slice, Snapshot, from_bytes
 from swarm_core.wire.outbox import Outbox
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+SLICE_LIMIT = 256 << 20  # a few million tokens
+BESIDE_BYTES = 1 << 10  # of a sketch, beside its numbers
 
 
 class SlowLoop:
@@ -58,10 +61,16 @@ class SlowLoop:
         if self.corrector is not None:
             self.corrector.take_up(self._anchor.tick)
 
+    def limits(self) -> dict[FrameKind, int]:
+        """The largest SKETCH and SLICE of a stage, which is what it may send beyond a message of the usual size."""
+        spec = self._anchor.manifest.link()
+        most = max((spec.columns(direction) for direction in Direction), default=0)
+        return {FrameKind.SKETCH: 2 * spec.width * most + BESIDE_BYTES, FrameKind.SLICE: SLICE_LIMIT}
+
     def take(self, stage: int, frame: Frame) -> None:
         """A SKETCH, SNAPSHOT or SLICE of a stage. Raises BadFrame for one that this run does not ask for."""
         if frame.header.kind is FrameKind.SKETCH:
-            self._take_sketch(from_bytes(Sketch, frame.payload))
+            self._take_sketch(stage, from_bytes(Sketch, frame.payload))
         elif self.corrector is None:
             raise BadFrame(f"stage {stage} sent {frame.header.kind.name}; this run has no merger")
         elif frame.header.kind is FrameKind.SLICE:
@@ -69,7 +78,8 @@ class SlowLoop:
             self.corrector.take_slice(stage, frame.header, self._anchor.roster.epoch, message)
         else:
             # Tasks run in the order of the frames; the last part of a snapshot is decoded on a thread.
-            task = asyncio.create_task(self._take_snapshot(self.corrector, stage, frame))
+            part = from_bytes(Snapshot, frame.payload)
+            task = asyncio.create_task(self._take_snapshot(self.corrector, stage, frame.header, part))
             self._taking.add(task)
             task.add_done_callback(self._taking.discard)
             task.add_done_callback(self.ended)
@@ -82,9 +92,14 @@ class SlowLoop:
 
     # Bases -------------------------------------------------------------------------------------------------------------
 
-    def _take_sketch(self, sketch: Sketch) -> None:
+    def _take_sketch(self, stage: int, sketch: Sketch) -> None:
         if self.keeper is None or self._anchor.manifest.config.anchor.q_source != "stage_sketch":
             raise BadFrame("a sketch came, but no basis of these links is made of sketches")
+        # Of what it sends: activations at the boundary behind it, gradients at the one before it, and their metric.
+        sends_rows = sketch.matrix.direction == Direction.FORWARD and sketch.part == MOMENT
+        if stage != sketch.matrix.boundary + (not sends_rows):
+            raise BadFrame(f"stage {stage} sent a sketch of boundary {sketch.matrix.boundary} that is not its own")
+        self._anchor.check_tick(sketch.tick, f"a sketch of stage {stage}")
         if self.keeper.add(sketch) is None:
             return
         self._send_bases(self.keeper)
@@ -130,9 +145,8 @@ class SlowLoop:
 
     # Corrections -------------------------------------------------------------------------------------------------------
 
-    async def _take_snapshot(self, corrector: Corrector, stage: int, frame: Frame) -> None:
-        message = from_bytes(Snapshot, frame.payload)
-        held = await corrector.take_snapshot(stage, frame.header, self._anchor.roster.epoch, message)
+    async def _take_snapshot(self, corrector: Corrector, stage: int, header: Header, message: Snapshot) -> None:
+        held = await corrector.take_snapshot(stage, header, self._anchor.roster.epoch, message)
         if stage in self._anchor.stages:
             self._anchor.post(self._anchor.stages[stage], FrameKind.SNAPSHOT_HELD, held)
 

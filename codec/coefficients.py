@@ -236,7 +236,7 @@ def _out_of_range(coded: Coefficients) -> NDArray[np.bool_] | None:
         if highest <= LARGEST_CODE and most * 2.0 ** (highest / 4) * coded.step <= limit:
             return None
         most = np.maximum(host[:-1].max(axis=0), -host[:-1].min(axis=0))  # not all may stand in the row of that scale
-    scale_N = quantisers.row_scales(torch.from_numpy(host[-1]), coded.element, coded.step).numpy().astype(np.float64)
+    scale_N = quantisers.row_scales(torch.from_numpy(host[-1]), coded.element, coded.step).double().numpy()
     fine_N: NDArray[np.bool_] = (host[-1] != NOT_FINITE) & (most * scale_N <= limit) & (scale_N >= 0)
     return None if fine_N.all() else ~fine_N
 

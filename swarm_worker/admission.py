@@ -87,6 +87,13 @@ class Admission:
             step=begin.step,
         )
 
+    def decision(self, frame: Frame) -> Decide:
+        """A DECIDE. Raises BadFrame for a coefficient that clipping cannot give: it multiplies every gradient."""
+        decide = from_bytes(Decide, frame.payload)
+        if not 0.0 <= decide.coefficient <= 1.0:
+            raise BadFrame(f"tick {frame.header.tick} was decided with coefficient {decide.coefficient}; wanted 0 to 1")
+        return decide
+
     def decided(self, header: Header, decide: Decide) -> None:
         """A decision has arrived: the next round must build on it. A HOLD is about no round."""
         if decide.outcome != Outcome.HOLD:

@@ -203,6 +203,8 @@ class StageCompute:
 
     def tally(self, stamp: Stamp) -> Tally:
         """Check the tick's gradient; on the last stage, ask the gate; merge the stamped correction; take the norms."""
+        if self.above is not None and (strange := self.above.sizes.fault()) and not self._fault:
+            self._fault = f"stage {self.span.stage}, tick {stamp.tick}: {strange}"
         optim.fill_missing_gradients(self.parameters)
         norms = optim.gradient_norms(self.parameters)
         numbers = merge_metrics(self._metrics)

@@ -8,7 +8,7 @@ between the two, shipping, replay and the way back, happens elsewhere and is wai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from swarm_worker.schedule import Stamp
 BF16_BITS, TF32_BITS = 7, 10  # of a mantissa, the leading one apart
 LARGEST = 1e15  # of a correction's numbers: the norm of a trillion of them is far from overflowing
 SUMS = "correction/sum/"  # vote numbers that are added up over the stages
+_SUMS = {item.name for item in fields(MergeSums)}
 
 
 class CorrectionRefused(Exception):
@@ -223,8 +224,14 @@ def merge_spec(config: RunConfig) -> MergeSpec:
 
 
 def summed(votes: Sequence[dict[str, float]]) -> MergeSums | None:
-    """The sums over all stages of what their votes say of a merge; None where none did."""
+    """The sums over all stages of what their votes say of a merge; None where none did. Raises BadFrame."""
     names = {name for numbers in votes for name in numbers if name.startswith(SUMS)}
     if not names:
         return None
-    return MergeSums(**{name[len(SUMS) :]: sum(numbers.get(name, 0.0) for numbers in votes) for name in names})
+    sums = {name[len(SUMS) :]: sum(numbers.get(name, 0.0) for numbers in votes) for name in names}
+    for name, value in sums.items():
+        if name not in _SUMS or (name.endswith("_sq") and value < 0):
+            raise BadFrame(
+                f"a vote says {name[:99]!r} = {value} of its merge; wanted sums of squares and {sorted(_SUMS)}"
+            )
+    return MergeSums(**sums)

@@ -25,6 +25,7 @@ from swarm_core.manifest import Manifest
 from swarm_core.wire.messages import Mode
 from swarm_worker.fidelity import exact
 from swarm_worker.schedule import COMPRESSED, DENSE, Stamp
+from swarm_worker.size_watch import SizeWatch
 from swarm_worker.sketching import Sketcher
 
 # Rows of a packet that sketches and measures look at, which bounds what they cost beside the codec. A mean of errors
@@ -57,6 +58,7 @@ class LinkEnd:
         self.reuse = ReuseStore(manifest.config.links.reuse_memory_mb * MIB) if self.spec.reuse else None
         # A probe has codecs of its own: they remember whether zstd pays, and what a packet costs steers the next basis.
         self._probe_codecs = {COMPRESSED: LinkCodec(self.spec), DENSE: LinkCodec(exact(self.spec))}
+        self.sizes = SizeWatch()  # of the activations that come
         self._bases = bases
         self._sketcher = sketcher
         self._seed = manifest.config.run.seed
@@ -82,7 +84,10 @@ class LinkEnd:
         """The rows of a packet, U x H. Raises PacketError, BasisMismatch, ReferenceMismatch."""
         codec, basis = self._codec(stamp, direction, microbatch)
         rows = self._references(stamp, direction, crossing)
-        return codec.decode(packet, crossing.rows, direction, basis, rows=rows)
+        x_UH = codec.decode(packet, crossing.rows, direction, basis, rows=rows)
+        if direction is Direction.FORWARD and stamp.mode in (Mode.TRAIN, Mode.SCORE):
+            self.sizes.saw(x_UH)
+        return x_UH
 
     def encode_whole(self, stamp: Stamp, crossing: Crossing) -> Packet:
         """The activations that `encode` made a packet of in this round, without references to earlier ones."""

@@ -20,7 +20,6 @@ from pathlib import Path
 from swarm_core.errors import UserError
 from swarm_core.exits import BAD_INPUT, BROKE, INTERRUPTED, leave_terminal
 from swarm_core.run_folder import ADDRESS_FILE, MANIFEST_FILE, make_folder
-from swarm_worker.forked import Forked, fork, import_once
 
 START_LIMIT_S = 300.0  # importing torch and calibrating on a loaded machine
 LEAVE_LIMIT_S = 15.0  # for the last reports, once the anchor has gone
@@ -35,7 +34,7 @@ class Child:
     """One process of the swarm and where its words go."""
 
     name: str
-    process: subprocess.Popen[bytes] | Forked
+    process: subprocess.Popen[bytes]
     log: Path
     command: list[str]
     restarts: int = 0
@@ -138,7 +137,6 @@ class LocalSwarm:
         self._limit = [] if limit_mbps is None else ["--limit-mbps", limit_mbps]
         self.children: list[Child] = []
         self.started = False  # the anchor came up: the run file, the model and the data are sound
-        self._forks = False  # else every child is a new interpreter
         self._interrupts = 0
         self._take_over: list[str] = []
         self._restarts = 0
@@ -153,7 +151,6 @@ class LocalSwarm:
         signal.signal(signal.SIGTERM, self._interrupted)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup a hang-up is ignored, and stays so
             signal.signal(signal.SIGHUP, self._interrupted)
-        self._forks = import_once()
         # The anchor draws the live table, so it keeps the terminal; its own log goes to a file of its own.
         anchor = self._start_anchor(anchor_command)
         address = self._await_address(anchor)
@@ -179,22 +176,17 @@ class LocalSwarm:
         log = self.out / "logs" / f"{name}.log"
         # One thread unless the run file says otherwise: processes outnumber cores here.
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        process: subprocess.Popen[bytes] | Forked
         with log.open("ab") as file:
             output = None if terminal else file
-            if self._forks:
-                _, _, module, *rest = command  # python -m module ...
-                process = fork(module, rest, output, _stop_with_parent())
-            else:
-                process = subprocess.Popen(
-                    command,
-                    stdout=output,
-                    stderr=output,
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,  # Ctrl-C reaches us alone; we pass it on once, to the anchor
-                    preexec_fn=_stop_with_parent(),  # noqa: PLW1509 - no other thread runs here
-                    env=environment,
-                )
+            process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C reaches us alone; we pass it on once, to the anchor
+                preexec_fn=_stop_with_parent(),  # noqa: PLW1509 - no other thread runs here
+                env=environment,
+            )
         child = Child(name, process, log, command)
         self.children.append(child)
         return child

@@ -14,7 +14,7 @@ from codec.basis import Basis
 from codec.spec import Direction
 from swarm_core.errors import KedgeError
 from swarm_core.manifest import Manifest, read_manifest
-from swarm_core.wire.bases import as_whole, basis_of, key_of
+from swarm_core.wire.bases import as_whole, basis_of, key_of, largest_set_bytes
 from swarm_core.wire.beats import Pulse
 from swarm_core.wire.errors import BadFrame, ManifestMismatch, PeerLost, WireError
 from swarm_core.wire.frames import Frame, Header, run_id
@@ -34,7 +34,7 @@ from swarm_core.wire.messages import (
 from swarm_core.wire.streams import Dialled, dial
 from swarm_core.wire.tls import Identity
 
-ANCHOR_LIMITS = {FrameKind.BASIS: 1 << 30, FrameKind.WELCOME: 4 << 20}
+ANCHOR_LIMITS = {FrameKind.WELCOME: 4 << 20}
 CORRECTION_BESIDE = 1 << 10  # what a CORRECTION has beside its packet
 LAST_WORDS_S = 0.5  # between the reason of a failure and the end of the stream that carries it
 log = logging.getLogger(__name__)
@@ -114,6 +114,8 @@ async def join(
         )
     if hello.manifest_digest and hello.manifest_digest != welcome.manifest_digest:
         raise ManifestMismatch(f"the anchor at {address} runs another manifest than the one expected")
+    way.limits[FrameKind.BASIS] = largest_set_bytes(manifest.link(), manifest.boundaries)
+    anchor.name(link, "up", way.limits)
     return Membership(anchor, manifest, welcome.manifest_digest, way)
 
 

@@ -57,6 +57,7 @@ class StageService:
     def open(self, manifest_digest: str, epoch: int) -> None:
         """From now on streams of this epoch are answered; before, they wait."""
         self._digest, self._epoch = manifest_digest, epoch
+        self.server.door.begin_epoch()
         self._known.set()
 
     async def shut(self) -> None:

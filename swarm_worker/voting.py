@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.messages import StageVote, Vote
 from swarm_worker.compute import Tally
 
@@ -24,7 +25,12 @@ class Ballot:
         self._tally = tally
 
     def came(self, downstream: Vote) -> None:
-        """The vote of all stages behind this one."""
+        """The vote of all stages behind this one. Raises BadFrame for another's."""
+        stages = [vote.stage for vote in downstream.votes]
+        if not stages or stages != list(range(self._stage + 1, self._stage + 1 + len(stages))):
+            raise BadFrame(
+                f"stage {self._stage + 1} sent the votes of stages {stages[:9]}; wanted its own and all behind it"
+            )
         self._downstream = downstream
 
     def cast(self, basis_held: int, busy_s: float, corrections_held: list[int]) -> Vote:

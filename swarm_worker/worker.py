@@ -227,7 +227,7 @@ class StageWorker:
                 self.drive(Begun(self.admission.stamp(frame)))
             case FrameKind.DECIDE:
                 self._post_below(frame)
-                decide = from_bytes(Decide, frame.payload)
+                decide = self.admission.decision(frame)
                 self.drive(Decided(decide, key(frame.header)))
                 self.admission.decided(frame.header, decide)
             case kind:

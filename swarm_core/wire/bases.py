@@ -19,6 +19,7 @@ from codec.spec import Direction, LinkSpec
 from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.messages import BasisMatrix, BasisSet
 
+BESIDE_BYTES = 1 << 10  # of a basis set, and of each of its matrices, beside their numbers
 Key = tuple[int, Direction]
 Shape = tuple[int, int]
 
@@ -57,6 +58,12 @@ def basis_of(matrix: BasisMatrix, version: int, spec: LinkSpec) -> Basis:
 
 
 # A set as changes ---------------------------------------------------------------------------------------------------
+
+
+def largest_set_bytes(spec: LinkSpec, boundaries: int) -> int:
+    """The most that a BASIS frame of these links has: encoders and decoders of all boundaries, whole."""
+    ranks = [spec.columns(direction) for direction in Direction if spec.basis_direction(direction) is direction]
+    return BESIDE_BYTES + boundaries * sum(2 * 2 * spec.width * rank + BESIDE_BYTES for rank in ranks)
 
 
 def as_changes(new: BasisSet, base: BasisSet) -> BasisSet:

@@ -21,6 +21,7 @@ OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_concurrent_streams", 4),  # on one connection; ours carry one each
     ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share its calls
 ]
 

@@ -6,9 +6,19 @@ import grpc
 
 from swarm_core.errors import KedgeError, UserError
 
+LONGEST_TEXT = 2000  # letters; a gRPC trailer has 8 KiB
+
 
 class WireError(KedgeError):
-    """Root of everything that goes wrong between processes; `str(error)` is one readable line."""
+    """Root of everything that goes wrong between processes; `str(error)` is one readable line.
+
+    It may quote what a peer sent, and stands in logs, terminals and trailers: so whatever is no letter becomes a space,
+    and what is beyond LONGEST_TEXT is cut off.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        short = text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 3] + "..."
+        super().__init__("".join(letter if letter.isprintable() else " " for letter in short))
 
 
 class Unreachable(WireError, UserError):
@@ -97,6 +107,18 @@ class Unencrypted(WireError, UserError):
 
 class BadFrame(Refused):
     """A frame that no correct peer sends: malformed, too large, a wrong checksum, or not expected here."""
+
+
+class Quarantined(BadFrame):
+    """The peer has sent too many bad frames in this epoch; nothing more of it is read."""
+
+
+class Crowded(BadFrame):
+    """The peer, or all of them together, have as many streams open as a server takes."""
+
+
+class Nameless(BadFrame):
+    """A stream was opened, and nobody said who is there."""
 
 
 # The one table of error <-> status. ABORTED and FAILED_PRECONDITION are ours alone: gRPC itself never emits them.

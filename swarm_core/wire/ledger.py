@@ -31,6 +31,7 @@ KIND_OF: dict[FrameKind, str] = {
     FrameKind.TRIED: "probe",
     FrameKind.LOAD: "probe",
 }
+KINDS = frozenset({*KIND_OF.values(), "control", "fidelity"})
 COLUMNS = (
     "tick",
     "link",

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 from google.protobuf.message import DecodeError, Message
 
 from swarm_core.wire.errors import BadFrame
+from swarm_core.wire.parts import check_parts
 from swarm_proto.v1 import swarm_pb2
 
 PROTOCOL = 1
@@ -382,10 +383,11 @@ def to_bytes(message: Any) -> bytes:
 
 
 def from_bytes(kind: type[M], data: bytes | bytearray | memoryview) -> M:
-    """Parse a control payload. Raises BadFrame when it is not a `kind`."""
-    proto = getattr(swarm_pb2, kind.__name__)()
+    """Parse a control payload. Raises BadFrame when it is not a `kind`, or has more parts than any may have."""
+    proto, data = getattr(swarm_pb2, kind.__name__)(), bytes(data)
+    check_parts(data, proto.DESCRIPTOR)
     try:
-        proto.ParseFromString(bytes(data))
+        proto.ParseFromString(data)
     except DecodeError as error:
         raise BadFrame(f"a {kind.__name__} message does not parse ({error}); the peer runs another version?") from None
     return _from_proto(kind, proto)

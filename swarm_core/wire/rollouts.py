@@ -19,6 +19,12 @@ from swarm_core.learning.rollout import Completion, RolloutBatch
 from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.messages import BatchData, Rollouts, to_bytes
 
+MOST_SEQUENCES = 1 << 16  # of a batch: the columns become lists, at a hundred bytes a sequence
+# Of one microbatch: at a width of 1,536 its rows alone are 3 GiB in bf16. Lengths are only numbers, and the tensors that
+# they ask for are allocated when the first packet comes, so they are judged here.
+MOST_MICROBATCH_TOKENS = 1 << 20
+LARGEST_REWARD = 1e30  # its square, summed over a group, is far from overflowing
+
 
 def id_width(vocab: int) -> int:
     """Bytes of one token id."""
@@ -63,12 +69,11 @@ def read_batch(data: BatchData, microbatch_size: int, vocab: int) -> Batch:
     """The batch as a later stage holds it. Raises BadFrame when the columns do not fit together."""
     if data.id_bytes != id_width(vocab):
         raise BadFrame(f"batch {data.batch}: ids of {data.id_bytes} bytes, wanted {id_width(vocab)}")
+    _check_lengths(data, microbatch_size)
     targets = _array(data.completion_ids, f"<u{data.id_bytes}", "completion_ids").astype(np.int64)
     if targets.size and int(targets.max()) >= vocab:
         raise BadFrame(f"batch {data.batch}: token id {int(targets.max())}, the vocabulary has {vocab}")
     prompts, completions = _ints(data.prompt_lengths, "prompt_lengths"), _ints(data.completion_lengths, "lengths")
-    if min(prompts + completions, default=1) < 1:
-        raise BadFrame(f"batch {data.batch}: an empty prompt or completion")
     try:
         return Batch(
             number=data.batch,
@@ -79,7 +84,7 @@ def read_batch(data: BatchData, microbatch_size: int, vocab: int) -> Batch:
             completion_lengths=completions,
             slices=_ints(data.slices, "slices"),
             targets_M=torch.from_numpy(targets),
-            advantages=_array(data.advantages, "<f4", "advantages").tolist(),
+            advantages=_finite(data.advantages, "<f4", "advantages").tolist(),
             sampler_logprobs_M=_tensor(data.sampler_logprobs, "<f4", "sampler_logprobs"),
             active_M=_tensor(data.loss_mask, "u1", "loss_mask").to(torch.bool),
             slice_tokens=_ints(data.slice_tokens, "slice_tokens"),
@@ -87,6 +92,27 @@ def read_batch(data: BatchData, microbatch_size: int, vocab: int) -> Batch:
         )
     except LearningError as error:
         raise BadFrame(f"batch {data.batch}: {error}") from None
+
+
+def _check_lengths(data: BatchData, microbatch_size: int) -> None:
+    """Everything that decides how much memory a batch takes, before any of it is taken."""
+    name, sequences = f"batch {data.batch}", len(data.prompt_lengths) // 4
+    if max(sequences, len(data.slices) // 4) > MOST_SEQUENCES:
+        raise BadFrame(
+            f"{name}: {sequences} sequences in {len(data.slices) // 4} slices; at most {MOST_SEQUENCES} of each"
+        )
+    columns = (data.completion_lengths, data.prompts, data.advantages)
+    if any(len(column) != len(data.prompt_lengths) for column in columns):
+        raise BadFrame(f"{name}: columns do not fit together")
+    prompts, completions = (_array(x, "<u4", "lengths") for x in (data.prompt_lengths, data.completion_lengths))
+    if not (prompts.all() and completions.all()):
+        raise BadFrame(f"{name}: an empty prompt or completion")
+    longest = int(prompts.max(initial=0)) + int(completions.max(initial=0))
+    if longest * max(1, min(microbatch_size, sequences)) > MOST_MICROBATCH_TOKENS:
+        raise BadFrame(
+            f"{name}: sequences of up to {longest} tokens, {microbatch_size} a microbatch; at most "
+            f"{MOST_MICROBATCH_TOKENS} tokens together"
+        )
 
 
 def rollouts_message(batch: RolloutBatch) -> Rollouts:
@@ -110,36 +136,41 @@ def rollouts_message(batch: RolloutBatch) -> Rollouts:
 
 def read_rollouts(message: Rollouts, vocab: int) -> RolloutBatch:
     """The batch a sampler sent. Raises BadFrame when it does not fit together."""
-    group = message.group_size
-    prompt_ends = np.cumsum([0, *_ints(message.prompt_lengths, "prompt_lengths")]).tolist()
-    ends = np.cumsum([0, *_ints(message.completion_lengths, "completion_lengths")]).tolist()
-    prompts, ids = _ints(message.prompt_ids, "prompt_ids"), _ints(message.completion_ids, "completion_ids")
-    logprobs = _array(message.logprobs, "<f4", "logprobs").tolist()
-    rewards = _array(message.rewards, "<f8", "rewards").tolist()
-    truncated = _array(message.truncated, "u1", "truncated").tolist()
+    group, name = message.group_size, f"rollouts of batch {message.batch}"
+    prompt_lengths = _array(message.prompt_lengths, "<u4", "prompt_lengths")
+    lengths = _array(message.completion_lengths, "<u4", "completion_lengths")
+    prompts, ids = (
+        _array(message.prompt_ids, "<u4", "prompt_ids"),
+        _array(message.completion_ids, "<u4", "completion_ids"),
+    )
+    logprobs = _array(message.logprobs, "<f4", "logprobs")
+    rewards, truncated = _array(message.rewards, "<f8", "rewards"), _array(message.truncated, "u1", "truncated")
     indices = _ints(message.prompt_indices, "prompt_indices")
-    sequences = len(ends) - 1
     if (
         group < 1
-        or sequences != group * len(indices)
-        or len(prompt_ends) - 1 != len(indices)
-        or not len(rewards) == len(truncated) == sequences
-        or len(prompts) != prompt_ends[-1]
-        or not len(ids) == len(logprobs) == ends[-1]
+        or len(lengths) > MOST_SEQUENCES
+        or not len(lengths) == len(rewards) == len(truncated) == group * len(indices)
+        or len(prompt_lengths) != len(indices)
+        or len(prompts) != int(prompt_lengths.sum(dtype=np.int64))
+        or not len(ids) == len(logprobs) == int(lengths.sum(dtype=np.int64))
     ):
-        raise BadFrame(f"rollouts of batch {message.batch}: columns do not fit together")
-    if max(prompts + ids, default=0) >= vocab:
-        raise BadFrame(f"rollouts of batch {message.batch}: token id {max(prompts + ids)}, vocabulary {vocab}")
+        raise BadFrame(f"{name}: columns do not fit together")
+    largest = max(int(prompts.max(initial=0)), int(ids.max(initial=0)))
+    if largest >= vocab:
+        raise BadFrame(f"{name}: token id {largest}, vocabulary {vocab}")
+    if (np.abs(rewards) > LARGEST_REWARD).any():  # NaN, the verifier failed, compares false
+        raise BadFrame(f"{name}: a reward beyond {LARGEST_REWARD:.0e}")
+    prompt_ends, ends = (np.cumsum([0, *of], dtype=np.int64).tolist() for of in (prompt_lengths, lengths))
     completions = []
-    for i in range(sequences):
+    for i, reward in enumerate(rewards.tolist()):
         g = i // group
         completions.append(
             Completion(
                 prompt_index=indices[g],
-                prompt_ids=prompts[prompt_ends[g] : prompt_ends[g + 1]],
-                completion_ids=ids[ends[i] : ends[i + 1]],
-                logprobs=logprobs[ends[i] : ends[i + 1]],
-                reward=None if math.isnan(rewards[i]) else rewards[i],
+                prompt_ids=prompts[prompt_ends[g] : prompt_ends[g + 1]].tolist(),
+                completion_ids=ids[ends[i] : ends[i + 1]].tolist(),
+                logprobs=logprobs[ends[i] : ends[i + 1]].tolist(),
+                reward=None if math.isnan(reward) else reward,
                 truncated=bool(truncated[i]),
             )
         )
@@ -157,6 +188,13 @@ def _array(data: bytes, dtype: str, name: str) -> NDArray[Any]:
     if len(data) % np.dtype(dtype).itemsize:
         raise BadFrame(f"{name}: {len(data)} bytes are no whole number of {dtype}")
     return np.frombuffer(data, dtype=dtype)
+
+
+def _finite(data: bytes, dtype: str, name: str) -> NDArray[Any]:
+    values = _array(data, dtype, name)
+    if not np.isfinite(values).all():
+        raise BadFrame(f"{name}: got numbers that are not finite")
+    return values
 
 
 def _ints(data: bytes, name: str) -> list[int]:

@@ -22,9 +22,11 @@ import grpc
 from swarm_core.errors import UserError
 from swarm_core.wire.beats import Heart
 from swarm_core.wire.channel import OPTIONS, open_channel
+from swarm_core.wire.door import HELLO_LIMIT, HELLO_S, Door
 from swarm_core.wire.errors import (
     BadAddress,
     BadFrame,
+    Nameless,
     NotAllowed,
     PeerLost,
     PortInUse,
@@ -46,6 +48,7 @@ log = logging.getLogger(__name__)
 Handler = Callable[["FrameStream"], Awaitable[None]]
 Answer = Callable[[Caller, bytes], Awaitable[bytes]]
 
+MOST_CALLS = 1024  # open at a server at a time, whoever makes them
 # Everything that gRPC raises for a stream that is no more; which one depends on the moment.
 BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 
@@ -71,6 +74,7 @@ class FrameStream:
         self.limits = NO_LIMITS
         self.sent_tick = 0  # of the newest frame sent
         self.sent_at = 0.0
+        self.on_first: Callable[[], None] | None = None  # called with the first frame that comes
         self.link = ""
         self.direction = "down"
         self.peer = peer
@@ -81,8 +85,7 @@ class FrameStream:
     def name(self, link: str, direction: str, limits: dict[FrameKind, int] | None = None) -> FrameStream:
         """Say which link this is (ledger rows) and how large frames may get, once the peer is known."""
         self.link, self.direction = link, direction
-        if limits is not None:
-            self._assembler = Assembler(limits)
+        self._assembler = Assembler(limits or {})
         return self
 
     def must_be_stage(self, stage: int) -> None:
@@ -162,6 +165,9 @@ class FrameStream:
             if frame is None or frame.header.kind is FrameKind.WARM:
                 continue
             if frame.header.kind is not FrameKind.BEAT:
+                if self.on_first is not None:
+                    self.on_first()
+                    self.on_first = None
                 return frame
             self.heart.take(frame)
 
@@ -251,10 +257,11 @@ class Server:
     """
 
     def __init__(self, service: str, handlers: dict[str, Handler], ledger: Ledger) -> None:
-        self._server = grpc.aio.server(options=OPTIONS)
+        self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=MOST_CALLS)
         self._service = service
         self._ledger = ledger
         self.limits = NO_LIMITS
+        self.door = Door()
         self.identity: Identity | None = None
         self.trusted_network = False
         self._credentials: grpc.ServerCredentials | None = None
@@ -287,11 +294,14 @@ class Server:
         async def serve(_request_iterator: Any, context: Any) -> None:
             stream = FrameStream(context.read, context.write, self._ledger, context.peer()).pace(self.limits)
             stream.loopback = is_loopback(unquote(context.peer()).partition(":")[2])  # "ipv4:127.0.0.1:50132"
+            stream.bound(lambda _header: HELLO_LIMIT)
+            peer = peer_name(context, method)
             try:
                 if self.identity is not None:
                     stream.caller = self.identity.admit(method, context.auth_context())
-                await handler(stream)
+                await self._admitted(peer, stream, handler)
             except Refused as error:
+                self.door.refused(peer, error)
                 await context.abort(status_of(error), str(error))
             except Silent as error:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))  # should it wake, it knows
@@ -301,6 +311,25 @@ class Server:
                 stream.heart.stop()
 
         return serve
+
+    async def _admitted(self, peer: str, stream: FrameStream, handler: Handler) -> None:
+        """Serve one stream, if it may come in and says who it is in time. Raises what the handler does, and Nameless."""
+        self.door.enter(peer)
+
+        def greeted() -> None:
+            deadline.reschedule(None)
+            self.door.greeted()
+
+        stream.on_first = greeted
+        try:
+            async with asyncio.timeout(HELLO_S) as deadline:
+                await handler(stream)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise Nameless(f"no HELLO came within {HELLO_S:.0f} s") from None
+        finally:
+            self.door.leave(peer, greeted=stream.on_first is None)
 
     async def start(self, listen: str) -> str:
         """Bind and serve; returns the address with the port really bound. Raises PortInUse, Unencrypted."""
@@ -324,6 +353,15 @@ class Server:
 
     async def stop(self) -> None:
         await self._server.stop(grace=1.0)
+
+
+def peer_name(context: Any, call: str) -> str:
+    """Who is at the other end, for whoever counts: an identity, or host and call; "" for an unnamed one on loopback."""
+    identities = context.peer_identities()
+    if identities:
+        return bytes(next(iter(identities))).decode(errors="replace")
+    address = unquote(context.peer()).partition(":")[2]
+    return "" if is_loopback(address) else f"{address.rpartition(':')[0]} ({call})"
 
 
 def _probe(host: str, port: int, listen: str) -> None:

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from safetensors.torch import load
 
 from swarm_core.models.architecture import fingerprint, read_shape
 from swarm_core.models.reading import tensor_shapes
@@ -49,6 +48,7 @@ from swarm_worker.sampler.collect import Collected
 from swarm_worker.sampler.evaluate import Evaluation
 from swarm_worker.sampler.source import SamplerArguments, Source
 from swarm_worker.sampler.verify import failures
+from swarm_worker.sampler.weights import read_weights
 from swarm_worker.vitals import watch_member
 
 log = logging.getLogger(__name__)
@@ -300,8 +300,8 @@ class SamplerProcess:
             version = max(found for found, _ in got.values())
             if any(found < version for found, _ in got.values()):
                 continue  # a stage was still at the older one: ask all again for the newest
-            for _, payload in got.values():
-                state = await self._call(load, bytes(payload))
+            for stage, (_, payload) in got.items():
+                state = await self._call(read_weights, payload, stage, version)
                 await self._call(source.load_weights, state, version)
 
     def _evaluated(self, order: Order, plain: Evaluation, compressed: Evaluation | None) -> Report:

@@ -15,7 +15,8 @@ from typing import Any
 
 from virtual_loop import CURRENT, Process, VirtualLoop
 
-from swarm_core.wire.errors import PeerLost, Refused, Unreachable, WireError
+from swarm_core.wire.door import Door
+from swarm_core.wire.errors import BadFrame, PeerLost, Refused, Unreachable, WireError
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import FrameKind, Hello, Report, from_bytes
@@ -189,7 +190,7 @@ class Server:
         self.process, self.ledger, self.limits = process, ledger, NO_LIMITS
         self.handlers = {f"{service}/{name}": handler for name, handler in handlers.items()}
         self.wan: Wan = Wan.here
-        self.identity, self.trusted_network = None, True
+        self.identity, self.trusted_network, self.door = None, True, Door()
 
     async def start(self, listen: str) -> str:
         return self.wan.listen(self, listen)
@@ -202,6 +203,8 @@ class Server:
             await self.handlers[method](Stream(end, self.ledger, end.peer.process.name))
             with_error: WireError | None = None
         except Refused as error:
+            if isinstance(error, BadFrame):  # a strike, and here all are honest
+                self.wan.objection(f"{self.process.name} refuses {end.peer.process.name}: {error}", error)
             with_error = type(error)(str(error))
         except PeerLost:
             with_error = PeerLost("the other end gave up")

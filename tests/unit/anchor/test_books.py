@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from anchor_node.books import Books
+from anchor_node.books import Books, check_report
+from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.ledger import COLUMNS
 from swarm_core.wire.messages import LedgerRow, Report
 
@@ -144,3 +145,44 @@ def test_ticks_that_have_their_row_are_counted_and_no_others(tmp_path: Path) -> 
     books = Books(tmp_path)
     assert books.ticks() == 3
     books.close()
+
+
+FINISHED = {"event": "finished", "message": "done", "checkpoint": "tick-00000004", "evaluation": "no"}
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        Report("tick", 99, {"reward": 0.5}, {"outcome": "commit"}, [row(100)]),
+        Report("event", 100, words=FINISHED),
+        Report("event", 3, words={"event": "failed", "message": "x" * 500}),
+        Report("event", 3, words={"event": "something new"}),
+        Report("ledger", 3, ledger=[row(4, "fidelity")]),
+    ],
+)
+def test_what_processes_report_is_taken(report: Report) -> None:
+    check_report(report, 100)
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        Report("tick", 102),
+        Report("tick", 2**32 - 1),
+        Report("ledger", 3, ledger=[row(2**32 - 1)]),
+        Report("ledger", 3, ledger=[row(3, "gold")]),
+        Report("ledger", 3, ledger=[LedgerRow(3, "stage0-stage1", "sideways", "activation")]),
+        Report("ledger", 3, ledger=[LedgerRow(3, "x" * 300, "up", "activation")]),
+        Report("tick", 3, {"time_s": 1.0}),
+        Report("tick", 3, words={"type": "eval"}),
+        Report("tick", 3, {"x" * 300: 1.0}),
+        Report("tick", 3, words={"fault": "x" * 70_000}),
+        Report("x" * 300, 3),
+        Report("event", 3, words={"event": "failed"}),
+        Report("event", 3, words={"event": "finished", "message": "done"}),
+    ],
+)
+def test_what_would_stay_in_the_books_or_be_missed_there_is_refused(report: Report) -> None:
+    with pytest.raises(BadFrame) as caught:
+        check_report(report, 100)
+    assert len(str(caught.value)) < 400

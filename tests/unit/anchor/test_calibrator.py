@@ -230,7 +230,8 @@ def test_sketches_of_replicas_add_up() -> None:
     keeper = start()
     for key in ALL[:-1]:
         keeper.add(sketch(key, v(1, key)))
-        keeper.add(sketch(key, v(2, key)))
+        keeper.add(sketch(key, v(2, key)), replica=1)
+        keeper.add(sketch(key, v(2, key)), replica=1)  # the same once more
     keeper.add(sketch(ALL[-1], v(1, ALL[-1])))
     for key in ALL[:-1]:
         assert same(keeper.bases[key], orthonormalise(v(1, key).float() + v(2, key).float()))
@@ -253,6 +254,26 @@ def test_windows_do_not_mix_and_a_complete_one_ends_the_older_ones() -> None:
     made = keeper.add(sketch(ALL[3], v(1, ALL[3]), tick=19))
     assert made is not None and same(keeper.bases[ALL[0]], orthonormalise(v(1, ALL[0])))
     assert keeper.add(sketch(ALL[3], v(0, ALL[3]), tick=9)) is None  # what is missing of tick 9 comes too late
+    assert keeper.version == 1
+
+
+def test_absurd_ticks_push_out_nothing_of_others() -> None:
+    keeper = start()
+    for key in ALL[1:]:
+        assert keeper.add(sketch(key, v(1, key), tick=19)) is None
+    for tick in range(2**32 - 9, 2**32):
+        assert keeper.add(sketch(ALL[0], v(0, ALL[0]), tick=tick)) is None
+    assert keeper.add(sketch(ALL[0], v(1, ALL[0]), tick=19)) is None, "its own it has pushed out"
+    for key in ALL[1:]:
+        keeper.add(sketch(key, v(2, key), tick=2**32 - 1))
+    assert keeper.version == 1, "and whoever goes along with it gets what it asks for"
+
+
+def test_a_window_that_is_done_is_not_made_again_of_the_same_sketches() -> None:
+    keeper = start()
+    for _ in range(3):
+        for key in ALL:
+            keeper.add(sketch(key, v(1, key)))
     assert keeper.version == 1
 
 

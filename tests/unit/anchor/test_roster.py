@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from anchor_node.roster import Roster
@@ -98,7 +100,7 @@ def test_a_place_that_was_left_is_free_again_and_only_its_holder_leaves_it() -> 
 
 def test_a_checkpoint_is_complete_with_its_last_shard_whatever_comes_in_between() -> None:
     roster = full()
-    old, new = ([Saved(t, f"tick-{t}", f"s{i}", f"d{i}", i) for i in range(3)] for t in (10, 20))
+    old, new = ([Saved(t, f"tick-{t:08d}", f"s{i}", f"d{i}", i) for i in range(3)] for t in (10, 20))
     assert roster.saved(0, old[0]) is None
     assert roster.saved(0, new[0]) is None
     assert roster.saved(1, old[1]) is None
@@ -109,7 +111,9 @@ def test_a_checkpoint_is_complete_with_its_last_shard_whatever_comes_in_between(
 
 
 @pytest.mark.parametrize(
-    ("name", "file"), [("", "s"), ("../x", "s"), ("a/b", "s"), ("..", "s"), (".hidden", "s"), ("tick-1", "../s")]
+    ("name", "file"),
+    [(n, "s") for n in ("", "../x", "a/b", "..", ".hidden", "tick-00000002")]
+    + [("tick-00000001", f) for f in ("../s", "..", "")],
 )
 def test_a_checkpoint_name_that_leaves_its_folder_is_refused(name: str, file: str) -> None:
     with pytest.raises(BadFrame, match="stage 1 names a checkpoint"):
@@ -182,3 +186,24 @@ def test_an_anchor_that_is_back_takes_newcomers_with_those_at_work_but_not_as_if
 def test_a_member_at_work_is_unknown_to_an_anchor_of_another_start(known: set[int] | None) -> None:
     with pytest.raises(StageTaken, match=r"does not know it.*--resume"):
         Roster(3, DIGEST, PRINT, known).join(at_work(0))
+
+
+@pytest.mark.parametrize("address", ["", "here", "10.0.0.1", "a b:1", "a\nb:1", "x" * 300 + ":1", "h:99999"])
+def test_an_address_that_nobody_can_dial_is_refused(address: str) -> None:
+    with pytest.raises(BadFrame, match="which is no address"):
+        Roster(2, DIGEST, PRINT).join(replace(hello(0), address=address))
+
+
+def test_ready_is_said_once() -> None:
+    roster = Roster(1, DIGEST, PRINT)
+    member = roster.join(hello(0))
+    assert roster.is_ready(member, Ready(model_fingerprint=PRINT))
+    with pytest.raises(BadFrame, match="ready already"):
+        roster.is_ready(member, Ready(model_fingerprint=PRINT))
+
+
+def test_checkpoints_that_nobody_completes_are_forgotten() -> None:
+    roster = full()
+    for tick in range(1000):
+        roster.saved(0, Saved(tick, f"tick-{tick:08d}", "s", "d", 1))
+    assert len(roster._saved) == 64 and min(roster._saved) == "tick-00000936"

@@ -215,3 +215,12 @@ def test_bytes_changed_at_random_are_rollouts_or_a_bad_frame(seed: int) -> None:
             read(from_bytes(type(make()), bytes(data)))
         except BadFrame:
             continue
+
+
+@pytest.mark.parametrize("reward", [1e200, -1e308, float("inf")])
+def test_a_reward_whose_square_overflows_is_refused(reward: float) -> None:
+    completions = [Completion(0, [3], [4], [-1.0], float(i), False) for i in range(2)]
+    message = rollouts_message(RolloutBatch(0, 0, 2, completions))
+    message.rewards = struct.pack("<2d", 0.0, reward)
+    with pytest.raises(BadFrame, match="reward"):
+        read_rollouts(message, 18)

@@ -16,7 +16,7 @@ from swarm_core.learning.batch import Batch, make_batch
 from swarm_core.learning.microbatch import Sample
 from swarm_core.wire.errors import BadFrame, ManifestMismatch, StaleEpoch
 from swarm_core.wire.frames import Frame, Header, address_of
-from swarm_core.wire.messages import Begin, FrameKind, Mode, to_bytes
+from swarm_core.wire.messages import Begin, Decide, FrameKind, Mode, Outcome, to_bytes
 from swarm_worker.admission import Admission
 from swarm_worker.fidelity import exact
 from swarm_worker.headers import Position
@@ -158,3 +158,11 @@ def test_what_is_not_for_this_stage_of_this_run(fields: dict[str, Any], error: t
     admission().check(header())
     with pytest.raises(error):
         admission().check(header(**fields) if fields else replace(header(), run=78))
+
+
+@pytest.mark.parametrize("coefficient", [-0.1, 1.1, float("nan"), float("inf")])
+def test_a_decision_with_a_coefficient_that_no_clipping_gives(coefficient: float) -> None:
+    sound = Frame(header(FrameKind.DECIDE), to_bytes(Decide(Outcome.COMMIT, 0.25)))
+    assert admission().decision(sound).coefficient == 0.25
+    with pytest.raises(BadFrame, match="wanted 0 to 1"):
+        admission().decision(replace(sound, payload=to_bytes(Decide(Outcome.COMMIT, coefficient))))

@@ -213,6 +213,18 @@ def test_a_new_start_leaves_nothing_of_the_last_one(tmp_path: Path) -> None:
     assert not list(redo.records(2, newest))
 
 
+def test_what_a_killed_process_had_not_synced_is_on_disk_before_anybody_hears_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    redo = begun(tmp_path)
+    ticks(redo, 2)
+    redo.close()  # handed to the kernel, and no more
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    found_again(redo, tmp_path)
+    assert synced == [path.stat().st_ino for path in (redo.folder / "tick-00000000.log", redo.folder)]
+
+
 # Rollouts --------------------------------------------------------------------------------------------------------------
 
 

@@ -117,7 +117,7 @@ class Redo:
         for record in list(self._stock.values()):
             self.append(record)
         self.sync()
-        _sync_folder(self.folder)
+        _sync(self.folder)
 
     def append(self, record: Record) -> None:
         """Write a record; it is on disk after the next `sync`."""
@@ -161,7 +161,10 @@ class Redo:
     # What can be reached -----------------------------------------------------------------------------------------------
 
     def find(self) -> None:
-        """Read what an earlier process has left. What is not of this manifest, or torn, is passed over."""
+        """Read what an earlier process has left. What is not of this manifest, or torn, is passed over.
+
+        It is on disk when this returns: what a killed process had written, and not yet synced, is promised to others next.
+        """
         self.close()
         self._segments = []
         for path in sorted(self.folder.glob("tick-*.log")):
@@ -173,6 +176,9 @@ class Redo:
                 self._segments = []
             self.start_id = about["start"]
             self._segments.append(segment)
+            _sync(path)
+        if self._segments:
+            _sync(self.folder)
 
     def versions(self, shards: set[int]) -> list[Version]:
         """The versions that can be rebuilt, oldest first; `shards` are the ticks of those that are there."""
@@ -235,7 +241,7 @@ class Redo:
         self._file.truncate(segment.bytes)
         self._file.seek(segment.bytes)
         self.sync()
-        _sync_folder(self.folder)  # a file of that future must not come back behind a power cut
+        _sync(self.folder)  # a file of that future must not come back behind a power cut
         return left
 
 
@@ -309,7 +315,8 @@ def _rollouts(segment: _Segment, start: int) -> list[Record]:
     return [record for end, record in _read(segment.path) if end > start and record.kind is Kind.ROLLOUTS]
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

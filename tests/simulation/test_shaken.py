@@ -1,7 +1,7 @@
 """Random bad days of a whole swarm (shaken_swarm.py has them), then calm: the run must end, with the weights of a run that
 nothing has disturbed. And that bugs like those of the protocol's checker, and those that we had, do not get through.
 
-Seeds are fixed; KEDGE_SEED=5000 takes the 200 from there on. A failure names its seed: `shake(seed, folder)` runs it again.
+Seeds are fixed; KEDGE_SEED=5000 takes those from there on, KEDGE_SEEDS=2000 so many (`make test-faults`). A failure names its seed: `shake(seed, folder)` runs it again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from swarm_worker.service import StageService
 from swarm_worker.turns import Turns
 
 FIRST = int(os.environ.get("KEDGE_SEED", "0"))
-SEEDS, PARTS = 200, 4
+SEEDS, PARTS = int(os.environ.get("KEDGE_SEEDS", "200")), 4
 Monkey = pytest.MonkeyPatch
 Caught = Callable[..., str]
 

@@ -16,7 +16,7 @@ from typing import Any
 from virtual_loop import CURRENT, Process, VirtualLoop
 
 from swarm_core.wire.door import Door
-from swarm_core.wire.errors import PeerLost, Refused, Unreachable, WireError
+from swarm_core.wire.errors import BadFrame, PeerLost, Refused, Unreachable, WireError
 from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import FrameKind, Hello, Report, from_bytes
@@ -203,6 +203,8 @@ class Server:
             await self.handlers[method](Stream(end, self.ledger, end.peer.process.name))
             with_error: WireError | None = None
         except Refused as error:
+            if isinstance(error, BadFrame):  # a strike, and here all are honest
+                self.wan.objection(f"{self.process.name} refuses {end.peer.process.name}: {error}", error)
             with_error = type(error)(str(error))
         except PeerLost:
             with_error = PeerLost("the other end gave up")

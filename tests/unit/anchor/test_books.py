@@ -136,6 +136,17 @@ def test_garbage_behind_a_power_cut_goes(tmp_path: Path) -> None:
     assert [r["tick"] for r in ledger(tmp_path)] == ["0", "1"]
 
 
+def test_ticks_that_have_their_row_are_counted_and_no_others(tmp_path: Path) -> None:
+    books = Books(tmp_path)
+    assert books.ticks() == 0
+    books.row("event", 40, {"event": "start"})
+    books.close()
+    kept(tmp_path, 3)
+    books = Books(tmp_path)
+    assert books.ticks() == 3
+    books.close()
+
+
 FINISHED = {"event": "finished", "message": "done", "checkpoint": "tick-00000004", "evaluation": "no"}
 
 

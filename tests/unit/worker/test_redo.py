@@ -213,6 +213,18 @@ def test_a_new_start_leaves_nothing_of_the_last_one(tmp_path: Path) -> None:
     assert not list(redo.records(2, newest))
 
 
+def test_what_a_killed_process_had_not_synced_is_on_disk_before_anybody_hears_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    redo = begun(tmp_path)
+    ticks(redo, 2)
+    redo.close()  # handed to the kernel, and no more
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    found_again(redo, tmp_path)
+    assert synced == [path.stat().st_ino for path in (redo.folder / "tick-00000000.log", redo.folder)]
+
+
 # Rollouts --------------------------------------------------------------------------------------------------------------
 
 
@@ -405,7 +417,7 @@ class RedoAgainstAList(RuleBasedStateMachine):
     def turns(self, keep: int) -> None:
         self.redo.turn(self.versions[-1], f"shard of {self.versions[-1][0]}", keep)
         if self.files[-1][0] == self.versions[-1]:
-            return  # a file begins there already: nothing is to be done
+            return  # it is in a file of its own already
         self.files.append((self.versions[-1], f"shard of {self.versions[-1][0]}"))
         self.first = max(self.first, len(self.files) - keep - 1) if keep else self.first
         self.synced = self.redo._segments[-1].bytes

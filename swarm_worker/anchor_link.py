@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 from swarm_core.wire.errors import PeerLost, Refused, WireError
 from swarm_core.wire.frames import Frame, Header
-from swarm_core.wire.messages import Booked, FrameKind, Report, Stop, from_bytes
+from swarm_core.wire.messages import Booked, FrameKind, Hello, Report, Stop, from_bytes
 from swarm_core.wire.streams import Dialled
 from swarm_worker.membership import LAST_WORDS_S, Greeted, Membership, failed_report, greet
 
@@ -262,11 +262,9 @@ class AnchorLink:
         while True:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            standing = vars(self._standing())
-            hello = replace(self._way.hello, manifest_digest=self._digest, at_work=True, **standing)
             try:
                 async with asyncio.timeout(WELCOME_S):
-                    stream, welcome = await greet(self._way, hello, DIAL_S)
+                    stream, welcome = await greet(self._way, self._hello_again, DIAL_S)
             except Refused as error:
                 if str(error) != said:
                     log.warning(
@@ -278,6 +276,9 @@ class AnchorLink:
             else:
                 stream.pace(self._limits)
                 return stream, welcome
+
+    def _hello_again(self) -> Hello:
+        return replace(self._way.hello, manifest_digest=self._digest, at_work=True, **vars(self._standing()))
 
     def _resume(self, booked: int) -> None:
         """The next stream begins with what the last one may have lost."""

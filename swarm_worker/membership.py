@@ -80,12 +80,17 @@ class Membership:
         return self.last_bases
 
 
-async def greet(way: Way, hello: Hello, wait_s: float, waiting: Callable[[float], None] | None = None) -> Greeted:
-    """Dial the anchor and say who we are. Raises Unreachable, PeerLost, and what the anchor refuses us with."""
+async def greet(
+    way: Way, hello: Callable[[], Hello], wait_s: float, waiting: Callable[[float], None] | None = None
+) -> Greeted:
+    """Dial the anchor and say who we are. Raises Unreachable, PeerLost, and what the anchor refuses us with.
+
+    `hello` is asked once the connection stands: dialling may take seconds, in which a stage at work has gone on.
+    """
     anchor = await dial(way.address, way.method, way.ledger, "the anchor", wait_s, waiting, way.identity)
     anchor.name(way.link, "up", way.limits)
     try:
-        await anchor.send(Frame(Header(FrameKind.HELLO), to_bytes(hello)))
+        await anchor.send(Frame(Header(FrameKind.HELLO), to_bytes(hello())))
         welcome = from_bytes(Welcome, (await anchor.expect(FrameKind.WELCOME)).payload)
         anchor.heart.start(way.pulse)
         return anchor, welcome
@@ -105,7 +110,7 @@ async def join(
         log.warning("no answer from the anchor at %s for %.0f s, trying on until %.0f s", address, waited_s, wait_s)
 
     way = Way(address, method, ledger, link, hello, identity)
-    anchor, welcome = await greet(way, hello, wait_s, waiting)
+    anchor, welcome = await greet(way, lambda: hello, wait_s, waiting)
     manifest = read_manifest(welcome.manifest)
     if manifest.digest() != welcome.manifest_digest:
         raise ManifestMismatch(

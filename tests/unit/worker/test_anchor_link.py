@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -57,9 +57,9 @@ class Books:
         self.stop_with: Exception | None = None
         self.stream: FrameStream | None = None
 
-    async def start(self) -> str:
+    async def start(self, address: str = "127.0.0.1:0") -> str:
         self.server = Server("Anchor", {"Attend": self._attend}, Ledger())
-        return await self.server.start("127.0.0.1:0")
+        return await self.server.start(address)
 
     async def _attend(self, stream: FrameStream) -> None:
         stream.name("anchor-stage0", "down", LIMITS)
@@ -95,12 +95,14 @@ class Books:
 
 
 @contextlib.asynccontextmanager
-async def linked(books: Books, checkpoints: int = 2) -> AsyncIterator[tuple[AnchorLink, Ledger, asyncio.Task[None]]]:
+async def linked(
+    books: Books, checkpoints: int = 2, standing: Callable[[], Standing] = lambda: Standing(1, 40, 3)
+) -> AsyncIterator[tuple[AnchorLink, Ledger, asyncio.Task[None]]]:
     address = await books.start()
     ledger = Ledger()
     way = Way(address, "Anchor/Attend", ledger, "anchor-stage0", Hello(role="stage", member=7))
-    stream, _ = await greet(way, way.hello, 5.0)
-    link = AnchorLink(Membership(stream, None, DIGEST, way), lambda: Standing(1, 40, 3), checkpoints)  # type: ignore[arg-type]
+    stream, _ = await greet(way, lambda: way.hello, 5.0)
+    link = AnchorLink(Membership(stream, None, DIGEST, way), standing, checkpoints)  # type: ignore[arg-type]
     task = asyncio.create_task(link.run())
     try:
         yield link, ledger, task
@@ -182,6 +184,24 @@ def test_what_means_the_same_twice_is_said_again_and_of_sketches_the_newest_wait
         (FrameKind.STOP, 0),
     ]
     assert books.rows == ["event 30"] and not books.refuse
+
+
+def test_a_member_says_where_it_stands_when_it_is_back_and_not_when_it_began_to_dial() -> None:
+    books, tick = Books(), 40
+
+    async def work() -> None:
+        nonlocal tick
+        async with linked(books, standing=lambda: Standing(1, tick, 3)) as (link, _, _):
+            address = link.address
+            await books.server.stop()
+            await until(lambda: link.away_since is not None)
+            await asyncio.sleep(0.2)  # it dials, and nobody is there
+            tick = 43
+            await books.start(address)
+            await until(lambda: len(books.hellos) == 2)
+            assert books.hellos[1].tick == 43
+
+    run(work())
 
 
 def test_posting_goes_on_while_the_anchor_reads_and_says_nothing() -> None:

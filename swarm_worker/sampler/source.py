@@ -27,7 +27,6 @@ from swarm_worker.sampler.collect import Collected, Collector, SamplingSpec
 from swarm_worker.sampler.engine import Projection
 from swarm_worker.sampler.errors import SamplerError
 from swarm_worker.sampler.evaluate import Evaluation, EvaluationSpec, evaluate
-from swarm_worker.sampler.hf import HfEngine
 from swarm_worker.sampler.replay import read_rollouts
 from swarm_worker.sampler.verify import VerifierPool
 
@@ -78,6 +77,8 @@ class Source:
             return
         device = pick_device(config.run.device)
         dtype = torch.bfloat16 if device.type == "cuda" and config.run.precision in ("auto", "bf16") else torch.float32
+        from swarm_worker.sampler.hf import HfEngine  # two seconds of imports, which a recording has no use for
+
         self.engine = HfEngine(
             self.model_path, device=device, dtype=dtype, sequences_per_call=config.sampler.batch_size
         )

@@ -171,4 +171,6 @@ async def ask_to_stop(address: str) -> None:
     await stream.expect(FrameKind.WELCOME)
     await stream.send(Frame(Header(FrameKind.READY), to_bytes(Ready())))
     await stream.send(Frame(Header(FrameKind.STOP), to_bytes(Stop(reason="a test"))))
+    while (frame := await stream.receive()) is not None and frame.header.kind is not FrameKind.STOP:
+        pass  # bases and the start; a sampler that left before the end would be waited for
     await stream.finish()

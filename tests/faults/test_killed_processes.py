@@ -9,43 +9,43 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from warm_programs import WarmPrograms, command
+
 from swarm_core.run_folder import JOURNAL_FILE
 from swarm_worker.failpoints import VARIABLE
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'proto'}", "OMP_NUM_THREADS": "1"}
 KILLS, SEED = int(os.environ.get("KEDGE_KILLS", "3")), int(os.environ.get("KEDGE_SEED", "1"))
+# An anchor awaits whoever is away when the run ends: here most often a sampler that was killed, and does not come back.
+CONSTANTS = {"anchor_node.service.GRACE_S": 8.0}
 LIMIT_S = 180.0  # between two kills: importing torch on a loaded machine, twice
 
 
 class Processes:
     """An anchor, its stages and a sampler, each a process that is started again when it is gone."""
 
-    def __init__(self, run_file: Path, out: Path, stages: int, failpoints: str = "") -> None:
+    def __init__(self, programs: WarmPrograms, run_file: Path, out: Path, stages: int, failpoints: str = "") -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         out.mkdir(parents=True)
         self.out = out
-        self._environment = {**ENVIRONMENT, VARIABLE: failpoints}
-        worker = [sys.executable, "-m", "swarm_worker.cli"]
-        common = ["--anchor", address, "--out", str(out)]
-        serve = [sys.executable, "-m", "anchor_node.cli", "serve", "--config", str(run_file), "--out", str(out)]
-        self._commands = {"anchor": [*serve, "--listen", address, "--log", str(out / "anchor-words.log")]}
+        self._programs, self._environment = programs, {VARIABLE: failpoints}
+        common = ("--anchor", address, "--out", out)
+        serve = ("serve", "--config", run_file, "--out", out, "--listen", address, "--log", out / "anchor-words.log")
+        self._commands = {"anchor": command("anchor_node", *serve)}
         for stage in range(stages):
-            self._commands[f"stage {stage}"] = [*worker, "join", "--stage", str(stage), *common]
-        self._commands["sampler"] = [*worker, "sample", *common]
+            self._commands[f"stage {stage}"] = command("swarm_worker", "join", "--stage", stage, *common)
+        self._commands["sampler"] = command("swarm_worker", "sample", *common)
         self.running = {name: self._start(name) for name in self._commands}
 
-    def _start(self, name: str, *more: str) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, *more: str) -> Any:
         with (self.out / f"{name}.log").open("ab") as log:
-            return subprocess.Popen([*self._commands[name], *more], env=self._environment, stdout=log, stderr=log)
+            command = [*self._commands[name], *more]
+            return self._programs.start(command, env=self._environment, output=log, constants=CONSTANTS)
 
     @property
     def ticks(self) -> int:
@@ -89,13 +89,15 @@ class Processes:
             process.wait()
 
 
-def test_whoever_is_killed_as_soon_as_ticks_flow_nothing_is_lost(run_file: Path, calm: Any, tmp_path: Path) -> None:
+def test_whoever_is_killed_as_soon_as_ticks_flow_nothing_is_lost(
+    run_file: Path, calm: Any, programs: WarmPrograms, tmp_path: Path
+) -> None:
     """The next kill comes once a tick was decided after the last one; what is left of the run then goes on in peace."""
     print(f"seed {SEED}")
     kills, runs = 0, 0
     while kills < KILLS:
         swarm = type(calm)(run_file, tmp_path / f"run-{runs}")
-        processes, draw = Processes(run_file, swarm.out, 3), random.Random(SEED + runs)
+        processes, draw = Processes(programs, run_file, swarm.out, 3), random.Random(SEED + runs)
         names = ["stage 0", "stage 1", "stage 2", "sampler", "anchor"]
         try:
             while kills < KILLS and processes.until(processes.ticks + 1 + draw.randrange(2)):
@@ -109,10 +111,12 @@ def test_whoever_is_killed_as_soon_as_ticks_flow_nothing_is_lost(run_file: Path,
         runs += 1
 
 
-def test_processes_that_die_at_named_points_lose_nothing(run_file: Path, calm: Any, tmp_path: Path) -> None:
+def test_processes_that_die_at_named_points_lose_nothing(
+    run_file: Path, calm: Any, programs: WarmPrograms, tmp_path: Path
+) -> None:
     points = ["1-voting@3", "0-decided@9", "2-applied@12", "1-saved@16"]
     swarm = type(calm)(run_file, tmp_path / "run")
-    processes = Processes(run_file, swarm.out, 3, ",".join(str(tmp_path / point) for point in points))
+    processes = Processes(programs, run_file, swarm.out, 3, ",".join(str(tmp_path / point) for point in points))
     try:
         processes.end()
     finally:
@@ -122,10 +126,12 @@ def test_processes_that_die_at_named_points_lose_nothing(run_file: Path, calm: A
     swarm.check_equal(calm)
 
 
-def test_a_frozen_stage_is_noticed_and_goes_on_when_it_wakes(run_file: Path, calm: Any, tmp_path: Path) -> None:
+def test_a_frozen_stage_is_noticed_and_goes_on_when_it_wakes(
+    run_file: Path, calm: Any, programs: WarmPrograms, tmp_path: Path
+) -> None:
     """Its streams stand, so that nothing but silence tells; nobody takes its place, and it takes it again itself."""
     swarm = type(calm)(run_file, tmp_path / "run")
-    processes = Processes(run_file, swarm.out, 3)
+    processes = Processes(programs, run_file, swarm.out, 3)
     try:
         assert processes.until(4)
         processes.running["stage 1"].send_signal(signal.SIGSTOP)

@@ -138,9 +138,10 @@ async def swarm(
     *,
     overrides: dict[str, str] | None = None,
     resume: bool = False,
+    before: Callable[[str], Coroutine[Any, Any, None]] | None = None,
     during: Callable[[str], Coroutine[Any, Any, None]] | None = None,
 ) -> str:
-    """Run a swarm to its end; returns why it ended. `during(anchor_address)` runs beside it."""
+    """Run a swarm to its end; returns why it ended. `before(anchor_address)` has the anchor alone, `during` runs beside all."""
     config = load(run_file, overrides or {})
     (out / ADDRESS_FILE).unlink(missing_ok=True)
     arguments = ServeArguments(config, run_file, "127.0.0.1:0", out, resume)
@@ -151,6 +152,8 @@ async def swarm(
                 return ending.result()
             await asyncio.sleep(0.005)
         address = (out / ADDRESS_FILE).read_text().strip()
+        if before is not None:
+            await before(address)
         for stage in range(config.swarm.stages):
             tasks.create_task(hold_stage(StageArguments(stage, address, out=out), signals=False))
         tasks.create_task(serve_rollouts(SamplerArguments(address, out=out), signals=False))

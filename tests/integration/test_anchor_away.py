@@ -6,11 +6,8 @@ import asyncio
 import contextlib
 import csv
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -21,7 +18,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from warm_programs import WarmPrograms, command
 
+from swarm_core.run_folder import ADDRESS_FILE
 from swarm_core.wire.errors import PeerLost
 from swarm_core.wire.messages import Order
 from swarm_worker import anchor_link
@@ -30,8 +29,6 @@ from swarm_worker.sampler.process import SamplerArguments, serve_rollouts
 from swarm_worker.sampler.source import Source
 from swarm_worker.stage_process import StageArguments, hold_stage
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'proto'}", "OMP_NUM_THREADS": "1"}
 STAGES, TICKS, GATE = 3, 20, 3  # four ticks a batch; batch GATE is delivered once the anchor is back
 KNOBS: dict[str, Any] = {
     "run": {"ticks": TICKS},
@@ -50,17 +47,19 @@ CORRECTED = {
 class Anchor:
     """`anchor_node serve` as a process of its own, on an address that stays."""
 
-    def __init__(self, run_file: Path, out: Path) -> None:
+    def __init__(self, programs: WarmPrograms, run_file: Path, out: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
-        self.out = out
-        self._command = [sys.executable, "-m", "anchor_node.cli", "serve", "--config", str(run_file)]
-        self._command += ["--out", str(out), "--listen", self.address, "--log", str(out / "anchor.log")]
+        self.out, self._programs = out, programs
+        serve = ("serve", "--config", run_file, "--out", out, "--listen", self.address, "--log", out / "anchor.log")
+        self._command = command("anchor_node", *serve)
         self.process = self._start()
 
-    def _start(self, *more: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([*self._command, *more], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    def _start(self, *more: str) -> Any:
+        self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / "anchor-words.log").open("ab") as words:
+            return self._programs.start([*self._command, *more], output=words)
 
     def kill(self) -> None:
         self.process.kill()
@@ -138,6 +137,7 @@ async def disturbed(
 ) -> list[BaseException | None]:
     """Stages and a sampler beside this anchor, to their ends; `during` runs once the first ticks are decided."""
     address, out = address or anchor.address, anchor.out
+    await until((out / ADDRESS_FILE).exists)  # a dial that is refused is tried again seconds later
     tasks = [hold_stage(StageArguments(i, address, out=out), signals=False) for i in range(STAGES)]
     members = [asyncio.create_task(work) for work in tasks]
     sampler = SamplerArguments(sampler_address or address, out=out)
@@ -192,12 +192,16 @@ def check_books(out: Path) -> None:
 
 
 def test_an_anchor_that_is_killed_and_carries_on_changes_nothing(
-    recipe: Callable[..., Any], run_swarm: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Callable[..., Any],
+    programs: WarmPrograms,
+    run_swarm: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_file = recipe().run_file(**KNOBS)
     calm, out = tmp_path / "calm", tmp_path / "run"
     run_swarm(run_file, calm)
-    gate, anchor = Gate(monkeypatch, GATE), Anchor(run_file, out)
+    gate, anchor = Gate(monkeypatch, GATE), Anchor(programs, run_file, out)
 
     async def during() -> None:
         anchor.kill()
@@ -218,10 +222,10 @@ def test_an_anchor_that_is_killed_and_carries_on_changes_nothing(
 
 
 def test_a_sampler_that_hears_of_the_end_after_the_stages_have_left_ends_in_order(
-    recipe: Callable[..., Any], tmp_path: Path
+    recipe: Callable[..., Any], programs: WarmPrograms, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    anchor = Anchor(recipe().run_file(**KNOBS), out)
+    anchor = Anchor(programs, recipe().run_file(**KNOBS), out)
     proxy = Proxy(anchor.address)
 
     async def during() -> None:
@@ -243,11 +247,11 @@ def test_a_sampler_that_hears_of_the_end_after_the_stages_have_left_ends_in_orde
 
 
 def test_a_run_that_finishes_without_its_anchor_waits_for_it_and_no_basis_is_numbered_twice(
-    recipe: Callable[..., Any], tmp_path: Path
+    recipe: Callable[..., Any], programs: WarmPrograms, tmp_path: Path
 ) -> None:
     knobs = {**KNOBS, "anchor": {"q_cadence": 2, "calibration_prompts": 1}, "checkpoint": {"every": 0}}
     out = tmp_path / "run"
-    anchor = Anchor(recipe().run_file(**knobs), out)
+    anchor = Anchor(programs, recipe().run_file(**knobs), out)
 
     async def during() -> None:
         await until(lambda: events(out, "basis"))
@@ -265,10 +269,10 @@ def test_a_run_that_finishes_without_its_anchor_waits_for_it_and_no_basis_is_num
 
 
 def test_corrections_go_on_with_an_anchor_that_carries_on(
-    recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Callable[..., Any], programs: WarmPrograms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    gate, anchor = Gate(monkeypatch, GATE), Anchor(recipe().run_file(**CORRECTED), out)
+    gate, anchor = Gate(monkeypatch, GATE), Anchor(programs, recipe().run_file(**CORRECTED), out)
 
     async def during() -> None:
         await until(lambda: events(out, "correction"))
@@ -289,11 +293,11 @@ def test_corrections_go_on_with_an_anchor_that_carries_on(
 
 
 def test_a_run_without_its_anchor_ticks_to_its_end_and_says_what_is_missing(
-    recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Callable[..., Any], programs: WarmPrograms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(anchor_link, "END_WAIT_S", 1.0)
     out = tmp_path / "run"
-    anchor = Anchor(recipe().run_file(**CORRECTED), out)
+    anchor = Anchor(programs, recipe().run_file(**CORRECTED), out)
 
     async def during() -> None:
         anchor.kill()
@@ -309,11 +313,11 @@ def test_a_run_without_its_anchor_ticks_to_its_end_and_says_what_is_missing(
 
 
 def test_a_paused_anchor_whose_streams_break_meanwhile_books_every_row_once(
-    recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Callable[..., Any], programs: WarmPrograms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was on its way when it was paused is still read when it wakes, beside what is sent again on the new streams."""
     out = tmp_path / "run"
-    gate, anchor = Gate(monkeypatch, GATE), Anchor(recipe().run_file(**CORRECTED), out)
+    gate, anchor = Gate(monkeypatch, GATE), Anchor(programs, recipe().run_file(**CORRECTED), out)
 
     async def run() -> list[BaseException | None]:
         proxy = Proxy(anchor.address)
@@ -336,9 +340,11 @@ def test_a_paused_anchor_whose_streams_break_meanwhile_books_every_row_once(
     check_books(out)
 
 
-def test_an_anchor_slowed_fifty_times_slows_no_tick(recipe: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_anchor_slowed_fifty_times_slows_no_tick(
+    recipe: Callable[..., Any], programs: WarmPrograms, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
-    anchor = Anchor(recipe().run_file(**CORRECTED), out)
+    anchor = Anchor(programs, recipe().run_file(**CORRECTED), out)
     slow = threading.Event()
 
     def slowing() -> None:

@@ -1,4 +1,7 @@
-"""The commands as a user types them: real processes, their files, their exit codes, and every message of bad input."""
+"""The commands as a user types them: real processes, their files, their exit codes, and every message of bad input.
+
+A few are new interpreters; most are forked from one that has imported what they import (warm_programs.py).
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from warm_programs import ENVIRONMENT, ROOT, WarmPrograms, command
 
-ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'proto'}", "OMP_NUM_THREADS": "1"}
 SMALL = [
     "--set",
     "grpo.prompts_per_batch=8",
@@ -29,14 +32,18 @@ SMALL = [
 ]
 
 
-def command(program: str, *arguments: object) -> list[str]:
-    return [sys.executable, "-m", f"{program}.cli", *map(str, arguments)]
+def anew(*typed: str) -> subprocess.CompletedProcess[str]:
+    """In a new interpreter."""
+    return subprocess.run(typed, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def run(program: str, *arguments: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(program, *arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
-    )
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(programs: WarmPrograms) -> Run:
+    """A program to its end."""
+    return lambda program, *arguments: programs.run(command(program, *arguments))
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -63,11 +70,11 @@ def test_help_answers_without_torch() -> None:
     )
     subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, timeout=30)
     for program, verb in (("anchor_node", "serve"), ("swarm_worker", "join"), ("swarm_worker", "local")):
-        done = run(program, verb, "--help")
+        done = anew(*command(program, verb, "--help"))
         assert done.returncode == 0 and "examples:" in done.stdout
 
 
-def test_bad_run_files_are_refused_in_one_line(tiny: Path) -> None:
+def test_bad_run_files_are_refused_in_one_line(run: Run, tiny: Path) -> None:
     serve = ("anchor_node", "serve", "--listen", "127.0.0.1:0", "--out", tiny / "out", "--config")
     text = (tiny / "run.toml").read_text()
     (tiny / "key.toml").write_text(text.replace("max_reuse", "max_resue"))
@@ -85,7 +92,7 @@ def test_bad_run_files_are_refused_in_one_line(tiny: Path) -> None:
     assert not (tiny / "out" / "journal.jsonl").exists()
 
 
-def test_dry_run_prints_the_plan(tiny: Path) -> None:
+def test_dry_run_prints_the_plan(run: Run, tiny: Path) -> None:
     done = run("anchor_node", "serve", "--config", tiny / "run.toml", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "% of dense bf16" in done.stdout and "Mbit/s" in done.stdout
@@ -93,7 +100,7 @@ def test_dry_run_prints_the_plan(tiny: Path) -> None:
     refused(run("swarm_worker", "local", "--config", tiny / "run.toml", "--dry-run"), "tokenizer")
 
 
-def test_an_anchor_that_does_not_answer_is_named() -> None:
+def test_an_anchor_that_does_not_answer_is_named(run: Run) -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound, not listening: nobody answers
         address = f"127.0.0.1:{held.getsockname()[1]}"
@@ -102,7 +109,7 @@ def test_an_anchor_that_does_not_answer_is_named() -> None:
         refused(run("swarm_worker", "join", "--stage", 0, "--anchor", wrong), wrong, "HOST:PORT")
 
 
-def test_strangers_are_told_what_to_do(tiny: Path) -> None:
+def test_strangers_are_told_what_to_do(run: Run, tiny: Path) -> None:
     out = tiny / "out"
     serve = ("anchor_node", "serve", "--config", tiny / "run.toml", "--out", out, "--listen", "0.0.0.0:0")
     refused(run(*serve, "--insecure"), "--insecure is for this machine alone", "0.0.0.0:0")
@@ -124,7 +131,7 @@ def test_strangers_are_told_what_to_do(tiny: Path) -> None:
     )
 
 
-def test_what_cannot_be_written_to_is_said_in_one_line(tiny: Path) -> None:
+def test_what_cannot_be_written_to_is_said_in_one_line(run: Run, tiny: Path) -> None:
     (tiny / "file").write_text("")
     serve = ("anchor_node", "serve", "--config", tiny / "run.toml", "--listen", "127.0.0.1:0")
     refused(run(*serve, "--out", tiny / "file"), "--out", "is a file")
@@ -137,15 +144,16 @@ def test_what_cannot_be_written_to_is_said_in_one_line(tiny: Path) -> None:
 
 def test_both_programs_tell_their_version() -> None:
     for program in ("anchor_node", "swarm_worker"):
-        done = run(program, "--version")
+        done = anew(*command(program, "--version"))
         assert done.returncode == 0 and done.stdout.startswith(f"{program} of kedge")
 
 
 @pytest.fixture
-def anchor(tiny: Path) -> Iterator[str]:
+def anchor(programs: WarmPrograms, tiny: Path) -> Iterator[str]:
     """A serving anchor that nobody has joined yet."""
     arguments = ("--config", tiny / "run.toml", "--listen", "127.0.0.1:0", "--out", tiny / "out", *SMALL)
-    process = subprocess.Popen(command("anchor_node", "serve", *arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    with (tiny / "anchor.log").open("w") as log:
+        process = programs.start(command("anchor_node", "serve", *arguments), output=log)
     file = tiny / "out" / "anchor_address"
     deadline = time.monotonic() + 60
     while not file.exists() and time.monotonic() < deadline:
@@ -155,7 +163,7 @@ def anchor(tiny: Path) -> Iterator[str]:
     assert process.wait(30) == 0
 
 
-def test_who_may_not_join_is_told_why(anchor: str, tiny: Path) -> None:
+def test_who_may_not_join_is_told_why(programs: WarmPrograms, run: Run, anchor: str, tiny: Path) -> None:
     join = ("swarm_worker", "join", "--anchor", anchor, "--out", tiny / "worker", "--stage")
     refused(run(*join, 7), "stage 7", "0 to 2")
     refused(run(*join, 0, "--expect-digest", "abcdef"), "abcdef", "digest")
@@ -165,10 +173,12 @@ def test_who_may_not_join_is_told_why(anchor: str, tiny: Path) -> None:
         "in use",
     )
     assert not (tiny / "b").exists(), "a port in use leaves no trace"
-    holder = subprocess.Popen(command(*join, 1), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    assert holder.stderr is not None
-    while "layers" not in (line := holder.stderr.readline()):
-        assert line, "the first worker ended"
+    log = tiny / "holder.log"
+    with log.open("w") as words:
+        holder = programs.start(command(*join, 1), output=words)
+    while "layers" not in log.read_text():
+        assert holder.poll() is None, log.read_text()
+        time.sleep(0.02)
     refused(run(*join, 1), "stage 1 is already held by", "free: 0, 2")
     other = tiny / "other"
     shutil.copytree(tiny / "model", other)
@@ -181,12 +191,10 @@ def test_who_may_not_join_is_told_why(anchor: str, tiny: Path) -> None:
 
 @pytest.mark.parametrize("role", [("join", "--stage", 0), ("sample",)], ids=lambda role: role[0])
 def test_who_is_asked_to_end_before_the_start_leaves_in_order(
-    anchor: str, tiny: Path, role: tuple[object, ...]
+    programs: WarmPrograms, run: Run, anchor: str, tiny: Path, role: tuple[object, ...]
 ) -> None:
-    early = subprocess.Popen(
-        command("swarm_worker", *role, "--anchor", anchor, "--out", tiny / "worker"),
-        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    arguments = ("--anchor", anchor, "--out", tiny / "worker")
+    early = programs.start(command("swarm_worker", *role, *arguments), output=subprocess.PIPE)
 
     def standing() -> str:
         return run("anchor_node", "status", "--anchor", anchor).stdout
@@ -201,9 +209,11 @@ def test_who_is_asked_to_end_before_the_start_leaves_in_order(
 
 
 @pytest.mark.parametrize(("who", "name"), [(2, "stage 1"), (4, "the sampler")])
-def test_a_worker_at_work_that_is_asked_to_end_ends_the_run_after_its_tick(tmp_path: Path, who: int, name: str) -> None:
+def test_a_worker_at_work_that_is_asked_to_end_ends_the_run_after_its_tick(
+    programs: WarmPrograms, tmp_path: Path, who: int, name: str
+) -> None:
     out = tmp_path / "run"
-    process = start_local(out)
+    process = start_local(programs, out)
     family = children(process.pid)
     os.kill(family[who], signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
@@ -214,9 +224,9 @@ def test_a_worker_at_work_that_is_asked_to_end_ends_the_run_after_its_tick(tmp_p
     assert not [pid for pid in family if running(pid)]
 
 
-def test_a_worker_at_work_that_is_asked_twice_ends_at_once(tmp_path: Path) -> None:
+def test_a_worker_at_work_that_is_asked_twice_ends_at_once(programs: WarmPrograms, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = start_local(out)
+    process = start_local(programs, out)
     anchor, _, stage, *_ = children(process.pid)
     os.kill(anchor, signal.SIGSTOP)  # which alone can tell stage 0 to end the run
     os.kill(stage, signal.SIGTERM)
@@ -238,11 +248,9 @@ def rows_of(out: Path, kind: str) -> list[dict[str, object]]:
     return [row for row in rows if row["type"] == kind]
 
 
-def test_local_makes_a_whole_run_folder_and_resumes(tmp_path: Path) -> None:
+def test_local_makes_a_whole_run_folder_and_resumes(programs: WarmPrograms, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = subprocess.run(
-        local(out, "--ticks", 4), env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = anew(*local(out, "--ticks", 4))
     assert done.returncode == 0, done.stdout + done.stderr
     expected = {"run.toml", "metrics.jsonl", "ledger.csv", "journal.jsonl", "report.html", "checkpoints", "logs"}
     assert expected <= {path.name for path in out.iterdir()}
@@ -258,28 +266,21 @@ def test_local_makes_a_whole_run_folder_and_resumes(tmp_path: Path) -> None:
     assert "activation" in done.stdout and "of dense" in done.stdout
     exported = run("anchor_node", "export", out, "--to", tmp_path / "hf")
     assert exported.returncode == 0, exported.stderr
-    again = subprocess.run(
-        local(out, "--ticks", 6, "--resume"), env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
-    )
+    again = programs.run(local(out, "--ticks", 6, "--resume"), timeout=120)
     assert again.returncode == 0, again.stdout + again.stderr
     assert [row["tick"] for row in rows_of(out, "tick")] == [0, 1, 2, 3, 4, 5]
-    refused_again = subprocess.run(local(out), env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    refused_again = programs.run(local(out))
     assert refused_again.returncode == 2 and "--resume" in refused_again.stderr
     (out / "checkpoints" / "tick-00000004" / "stage-01-of-03.safetensors").unlink()
-    torn = subprocess.run(
-        local(out, "--ticks", 6, "--resume-from", "tick-00000004"),
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    torn = programs.run(local(out, "--ticks", 6, "--resume-from", "tick-00000004"), timeout=120)
     assert torn.returncode == 2 and "stage-1 ended with exit code 2" in torn.stderr
     (last,) = [line for line in torn.stderr.splitlines() if line.startswith("anchor_node serve: ")]
     assert "stage 1: " in last and "no such shard" in last, "the anchor relays why"
 
 
-def start_local(out: Path) -> subprocess.Popen[str]:
+def start_local(programs: WarmPrograms, out: Path) -> Any:
     """An open-ended local swarm that has decided its first ticks."""
-    process = subprocess.Popen(
-        local(out, "--ticks", 0), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = programs.start(local(out, "--ticks", 0), output=subprocess.PIPE)
     journal, deadline = out / "journal.jsonl", time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
         if journal.exists() and len(journal.read_text().splitlines()) >= 3:
@@ -295,12 +296,12 @@ def children(parent: int) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_ctrl_c_or_a_closed_terminal_ends_everything_cleanly_and_leaves_a_checkpoint(
-    tmp_path: Path, number: signal.Signals
+    programs: WarmPrograms, tmp_path: Path, number: signal.Signals
 ) -> None:
     if signal.getsignal(number) == signal.SIG_IGN:
         pytest.skip("under nohup a hang-up is ignored, by whoever is started too")
     out = tmp_path / "run"
-    process = start_local(out)
+    process = start_local(programs, out)
     family = children(process.pid)
     assert len(family) == 5
     process.send_signal(number)
@@ -312,9 +313,9 @@ def test_ctrl_c_or_a_closed_terminal_ends_everything_cleanly_and_leaves_a_checkp
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
-def test_children_of_a_killed_parent_save_and_leave(tmp_path: Path) -> None:
+def test_children_of_a_killed_parent_save_and_leave(programs: WarmPrograms, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = start_local(out)
+    process = start_local(programs, out)
     family = children(process.pid)
     process.kill()
     process.communicate(timeout=60)  # their copies of the pipes close a moment before the last of them is gone
@@ -334,9 +335,11 @@ def running(pid: int) -> bool:
         return False
 
 
-def test_an_anchor_that_is_killed_is_started_again_and_the_run_ends_in_order(tmp_path: Path) -> None:
+def test_an_anchor_that_is_killed_is_started_again_and_the_run_ends_in_order(
+    programs: WarmPrograms, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
-    process = start_local(out)
+    process = start_local(programs, out)
     family = children(process.pid)
     os.kill(family[0], signal.SIGKILL)
     carried_on, deadline = False, time.monotonic() + 60
@@ -352,10 +355,12 @@ def test_an_anchor_that_is_killed_is_started_again_and_the_run_ends_in_order(tmp
     assert (out / "checkpoints" / f"tick-{ticks:08d}" / "COMPLETE").exists()
 
 
-def test_killed_children_are_started_again_and_one_that_dies_too_often_is_reported(tmp_path: Path) -> None:
+def test_killed_children_are_started_again_and_one_that_dies_too_often_is_reported(
+    programs: WarmPrograms, tmp_path: Path
+) -> None:
     """Stage 1 is killed, taken up again without the loss of a tick, and at last ends the run."""
     out = tmp_path / "run"
-    process = start_local(out)
+    process = start_local(programs, out)
     for death in range(1, 5):
         os.kill(children(process.pid)[2 if death == 1 else -1], signal.SIGKILL)  # anchor, stage 0, stage 1
         deadline = time.monotonic() + 90

@@ -40,8 +40,10 @@ def test_a_swarm_tells_where_it_stands_while_it_waits_works_and_hangs(
 
     monkeypatch.setattr(Source, "collect", held)
 
-    async def during(address: str) -> None:
+    async def before(address: str) -> None:
         found["first"] = await ask(address, 5.0)
+
+    async def during(address: str) -> None:
         while True:
             found["hangs"] = now = await ask(address, 5.0)
             lead, *others = now["stages"]
@@ -50,11 +52,11 @@ def test_a_swarm_tells_where_it_stands_while_it_waits_works_and_hangs(
             await asyncio.sleep(0.05)
         opened.set()
 
-    run_swarm(recipe().run_file(run={"ticks": 12}), tmp_path / "run", during=during)
+    run_swarm(recipe().run_file(run={"ticks": 12}), tmp_path / "run", before=before, during=during)
     first, hangs = found["first"], found["hangs"]
     assert first["phase"].startswith("waiting for stages 0") and {s["state"] for s in first["stages"]} == {"missing"}
     assert "waiting for stages" in shown(first)
-    assert ("swarm_worker sample --anchor" in shown(first)) != bool(first["samplers"]), "said as long as there is none"
+    assert not first["samplers"] and "swarm_worker sample --anchor" in shown(first), "said as long as there is none"
     assert (hangs["phase"], hangs["tick"], hangs["epoch"]) == ("at work", 8, 1)
     assert [stage["state"] for stage in hangs["stages"]] == ["at work"] * 3 and len(hangs["samplers"]) == 1
     assert {stage["report_tick"] for stage in hangs["stages"]} == {7} and hangs["bytes"]["activation"] > 0

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 from swarm_core.errors import UserError
-from swarm_core.run_folder import make_folder
 from swarm_core.wire.beats import Pulse
 from swarm_core.wire.errors import AnchorAway, BadFrame, PeerLost, Refused, StaleEpoch, Unreachable
 from swarm_core.wire.frames import Frame, Header
@@ -34,6 +33,7 @@ from swarm_core.wire.messages import (
 )
 from swarm_core.wire.pacing import read_limits
 from swarm_core.wire.streams import Dialled, FrameStream, dial, dialable
+from swarm_worker.alone import alone
 from swarm_worker.anchor_link import AnchorLink, Standing
 from swarm_worker.entry import Entry, enter
 from swarm_worker.epochs import Epochs, span_of
@@ -71,7 +71,8 @@ async def hold_stage(arguments: StageArguments, *, signals: bool = True) -> None
     """
     if arguments.stage < 0:
         raise UserError(f"stage {arguments.stage} does not exist: stages are counted from 0")
-    await StageProcess(arguments, signals).run()
+    with alone(arguments.out, arguments.stage):
+        await StageProcess(arguments, signals).run()
 
 
 class StageProcess:
@@ -98,7 +99,6 @@ class StageProcess:
         membership, link = None, None
         tasks: list[asyncio.Task[None]] = []
         try:
-            make_folder(a.out)
             identity = await enter(a.entry, a.anchor, a.listen, a.out, "stage", a.stage, a.wait_s)
             self.service.server.identity, self.service.server.trusted_network = identity, a.entry.trusted_network
             address = await self.service.server.start(a.listen)

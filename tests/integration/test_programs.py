@@ -179,7 +179,9 @@ def test_who_may_not_join_is_told_why(programs: WarmPrograms, run: Run, anchor: 
     while "layers" not in log.read_text():
         assert holder.poll() is None, log.read_text()
         time.sleep(0.02)
-    refused(run(*join, 1), "stage 1 is already held by", "free: 0, 2")
+    refused(run(*join, 1), f"--out {tiny / 'worker'} is in use for stage 1 by process {holder.pid} ", "another --out")
+    elsewhere = ("swarm_worker", "join", "--anchor", anchor, "--out", tiny / "elsewhere", "--stage")
+    refused(run(*elsewhere, 1), "stage 1 is already held by", "free: 0, 2")
     other = tiny / "other"
     shutil.copytree(tiny / "model", other)
     config = json.loads((other / "config.json").read_text())

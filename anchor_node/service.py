@@ -15,6 +15,7 @@ from anchor_node.books import NO_END, Books, check_report
 from anchor_node.checkpoints import Checkpoint, CheckpointError, complete, found, set_later_aside
 from anchor_node.epochs import Epochs
 from anchor_node.memory import Memory
+from anchor_node.off_host import COPIES, OffHost
 from anchor_node.probing import Probing
 from anchor_node.roster import Member, Roster
 from anchor_node.samplers import EVALUATION, Samplers
@@ -97,6 +98,7 @@ class AnchorService:
         self.server = Server("Anchor", calls, ledger)
         self.stages: dict[int, Outbox] = {}
         self.slow = SlowLoop(self)
+        self.off_host = OffHost(self)
         self._pulse = Pulse("serving", lambda: (self.roster.epoch, self.tick))
         self._newest = 0  # tick of the newest report of any stage: it moves while the run does
         self.absent = Absences(lambda: self._newest)
@@ -269,6 +271,8 @@ class AnchorService:
                 self.book(member.number, box, report)
             case FrameKind.SKETCH | FrameKind.SNAPSHOT | FrameKind.SLICE:
                 self.slow.take(member.stage, frame)
+            case FrameKind.COPY | FrameKind.COPIES | FrameKind.COPY_WANTED:
+                self.off_host.take(member, box, frame)
             case FrameKind.SAVED:
                 self._take_saved(member.stage, from_bytes(Saved, frame.payload))
             case FrameKind.STOP:
@@ -330,6 +334,7 @@ class AnchorService:
             dense, packet = self.books.link_bytes(report.tick - 1)
             if dense and all(self.ledgered.get(i, -1) >= report.tick - 1 for i in range(self.manifest.stages)):
                 report.numbers |= {"bytes/links_previous_tick": packet, "bytes/share_of_dense": packet / dense}
+            report.numbers |= self.off_host.numbers()
         row = self.books.report(report)
         if report.number:
             self.memory.booked[str(member)] = report.number  # before anything that marks the books
@@ -354,6 +359,8 @@ class AnchorService:
         # The sampler's answer has a stream of its own, and may have been faster.
         if words["evaluation"] == "yes" and self.samplers.expected and self.memory.evaluated < int(words["tick"]):
             self.owed.add(EVALUATION)
+        if self.off_host.owes(words["checkpoint"]):
+            self.owed.add(COPIES)
         self.settle()
 
     def _take_saved(self, stage: int, saved: Saved) -> None:
@@ -364,6 +371,7 @@ class AnchorService:
             bases = self.slow.keeper.current if self.slow.keeper is not None else None
             keep = self.manifest.config.checkpoint.keep
             made = complete(self.out, saved.checkpoint, self.digest, shards, keep, bases)
+            self.off_host.completed()
             self._complete.add(saved.checkpoint)
             self.event("checkpoint", f"{made.name}, {sum(s.bytes for s in shards.values()) / 1e6:.1f} MB")
         self.settle(saved.checkpoint)
@@ -379,7 +387,8 @@ class AnchorService:
     def drain(self, reason: str) -> None:
         """Ask stage 0 to stop after its tick, with a checkpoint. Before the start there is nothing to save."""
         if self.owed is not None:
-            self.settle(EVALUATION)  # the run has finished; only its last evaluation can be left out
+            self.settle(EVALUATION)  # the run has finished; only these two can be left out
+            self.settle(COPIES)
         if self._draining:
             return
         self._draining = True

@@ -14,6 +14,7 @@ from anchor_node.checkpoints import set_later_aside
 from anchor_node.roster import Member
 from anchor_node.rounds import Line, Phase, Rounds
 from anchor_node.samplers import EVALUATION
+from swarm_core.run_folder import checkpoint_name
 from swarm_core.wire.errors import StaleEpoch
 from swarm_core.wire.messages import Fence, FrameKind, Held, Start
 from swarm_core.wire.outbox import Outbox
@@ -98,6 +99,9 @@ class Epochs:
         if lost > 0:
             anchor.books.cut(tick)
             set_later_aside(anchor.out, tick)
+            anchor.complete = {
+                name for name in anchor.complete if name <= checkpoint_name(tick)
+            }  # later ones are made anew
             if anchor.slow.corrector is not None:
                 anchor.slow.corrector.take_up(tick)
         anchor.tick = anchor.memory.tick = tick

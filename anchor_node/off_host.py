@@ -53,14 +53,18 @@ class OffHost:
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
-    def owes(self, checkpoint: str) -> bool:
-        """Whether the last shards of a run are still on their way; once they have come, the anchor settles."""
+    def finished(self, checkpoint: str) -> bool:
+        """The run ends with this checkpoint. True while shards of it are on their way; the anchor is told when they are there."""
         self._last = checkpoint
-        on_the_way = [i for i in self._sending if not self._refusals.get(i) and not self.copies[i].has_shard(checkpoint)]
-        if on_the_way:
-            which = ", ".join(map(str, on_the_way))
-            self._anchor.event("copies", f"the run has finished; the last shards of stages {which} are being copied")
-        return bool(on_the_way)
+        if missing := self._missing():
+            which = f"stage{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+            self._anchor.event("copies", f"the run has finished; the last shard of {which} is being copied here")
+        return bool(missing)
+
+    def _missing(self) -> list[int]:
+        """Stages whose last shard is to come."""
+        coming = (i for i in sorted(self._sending) if not self._refusals.get(i))
+        return [i for i in coming if not self.copies[i].has_shard(self._last)]
 
     def completed(self) -> None:
         """A checkpoint is complete: copied shards may be part of it."""
@@ -87,7 +91,7 @@ class OffHost:
         self._refusals[stage] = held.refused
         self._sending.add(stage)
         self._anchor.post(box, FrameKind.COPY_HELD, held)
-        if self._last and (held.whole or held.refused) and not self.owes(self._last):
+        if self._last and (held.whole or held.refused) and not self._missing():
             self._anchor.settle(COPIES)
 
     async def _list(self, stage: int, box: Outbox, has: Copies) -> None:

@@ -105,7 +105,7 @@ class AnchorService:
         self.samplers = Samplers(self)
         self.ledgered: dict[int, int] = {}  # stage -> the tick up to which its ledger rows have come
         self.owed: set[str] | None = None  # what the run still owes once it has finished: a checkpoint, an evaluation
-        self._complete = {checkpoint.name for checkpoint in found(out)} if memory is not None else set()
+        self.complete = {checkpoint.name for checkpoint in found(out)} if memory is not None else set()
         self._reason = "stopped before it began"
         self._draining = False
         self._failure = ""  # what a stage said of its end, where that was its own fault
@@ -287,9 +287,9 @@ class AnchorService:
             return
         self._failure = ""
         self.epochs.begin()
-        self.tick, self._complete = 0, set()
+        self.tick, self.complete = 0, set()
         if self.resume is not None:
-            self.tick, self._complete = self.resume.tick, {self.resume.name}
+            self.tick, self.complete = self.resume.tick, {self.resume.name}
             self.books.cut(self.resume.tick)
             set_later_aside(self.out, self.resume.tick)
         self.slow.begin()
@@ -355,11 +355,11 @@ class AnchorService:
         self._reason = words["message"]
         self.owed = {
             words["checkpoint"]
-        } - self._complete  # where a run ends without another tick, it may be there already
+        } - self.complete  # where a run ends without another tick, it may be there already
         # The sampler's answer has a stream of its own, and may have been faster.
         if words["evaluation"] == "yes" and self.samplers.expected and self.memory.evaluated < int(words["tick"]):
             self.owed.add(EVALUATION)
-        if self.off_host.owes(words["checkpoint"]):
+        if self.off_host.finished(words["checkpoint"]):
             self.owed.add(COPIES)
         self.settle()
 
@@ -367,12 +367,12 @@ class AnchorService:
         shards = self.roster.saved(stage, saved)
         if shards is None:
             return
-        if saved.checkpoint not in self._complete:  # what is complete is never written again
+        if saved.checkpoint not in self.complete:  # what is complete is never written again
             bases = self.slow.keeper.current if self.slow.keeper is not None else None
             keep = self.manifest.config.checkpoint.keep
             made = complete(self.out, saved.checkpoint, self.digest, shards, keep, bases)
             self.off_host.completed()
-            self._complete.add(saved.checkpoint)
+            self.complete.add(saved.checkpoint)
             self.event("checkpoint", f"{made.name}, {sum(s.bytes for s in shards.values()) / 1e6:.1f} MB")
         self.settle(saved.checkpoint)
 

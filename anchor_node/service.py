@@ -254,8 +254,10 @@ class AnchorService:
                     self.epochs.rejoined(member, box)
                 elif complete and self.roster.taken_over():
                     self._carry_on()
+                elif complete and self.roster.known is not None:
+                    self.epochs.all_anew()
                 elif complete:
-                    self._start()
+                    self.begin()
             case FrameKind.FENCE:
                 fence = from_bytes(Fence, frame.payload)
                 self.epochs.asked(fence)
@@ -280,10 +282,14 @@ class AnchorService:
             case kind:
                 raise BadFrame(f"stage {member.stage} sent {kind.name}")
 
-    def _start(self) -> None:
+    def begin(self) -> None:
         """A run begins, from the model's files or from a checkpoint."""
         if self.roster.known is not None and self.resume is None:
-            self.fail(CheckpointError("all stages come anew, but there is no complete checkpoint to begin from"))
+            self.fail(
+                CheckpointError(
+                    "all stages come anew, and there is neither a version that all hold nor a complete checkpoint"
+                )
+            )
             return
         self._failure = ""
         self.epochs.begin()
@@ -293,7 +299,7 @@ class AnchorService:
             self.books.cut(self.resume.tick)
             set_later_aside(self.out, self.resume.tick)
         self.slow.begin()
-        self.memory.begin(self.digest, self.epochs.rounds.start_id, self.tick, self.books.started)
+        self.memory.begin(self.digest, self.roster.epoch, self.epochs.rounds.start_id, self.tick, self.books.started)
         for member in self.roster.members.values():
             self.memory.enter(member.number, f"stage {member.stage}")
         for stage, box in self.stages.items():

@@ -45,12 +45,18 @@ class Swarm:
         self.members: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def run(self, beside: Callable[[Swarm], Awaitable[None]] | None = None, limit_s: float = 120.0) -> str:
+    async def run(
+        self,
+        beside: Callable[[Swarm], Awaitable[None]] | None = None,
+        limit_s: float = 120.0,
+        *,
+        resume: bool = False,
+    ) -> str:
         """To the end of the run; returns its reason."""
         config = load(self.run_file, {})
         (self.out / ADDRESS_FILE).unlink(missing_ok=True)
         anchor = asyncio.create_task(
-            serve(ServeArguments(config, self.run_file, "127.0.0.1:0", self.out, False), signals=False)
+            serve(ServeArguments(config, self.run_file, "127.0.0.1:0", self.out, resume), signals=False)
         )
         disturbing = None
         try:

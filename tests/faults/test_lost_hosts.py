@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,4 +66,18 @@ def test_two_neighbours_are_lost_at_once(run_file: Path, calm: Any, dies: Callab
     dies("forward", 1, 11)
     asyncio.run(swarm.run())
     assert swarm.deaths >= 2 and all(ticks <= MOST_LAG for ticks in lost(swarm))
+    swarm.check_equal(calm)
+
+
+def test_where_no_log_is_left_a_run_that_was_cut_off_goes_on_from_its_checkpoint(
+    run_file: Path, calm: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(calm.out, out := tmp_path / "run")
+    shutil.rmtree(out / "redo")
+    state = json.loads((out / "anchor" / "state.json").read_text())
+    state |= {"at_work": True, "closing": "", "finished": {}}  # as it was before the last word
+    (out / "anchor" / "state.json").write_text(json.dumps(state))
+    swarm = type(calm)(run_file, out)
+    assert asyncio.run(swarm.run(resume=True)) == "all 20 ticks are done"
+    assert len(swarm.events("from_checkpoint")) == 1
     swarm.check_equal(calm)

@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class StageCopy:
         self._out, self._stage = out, stage
         self._names = copied_files(stage, stages)
         self._known: dict[str, tuple[int, int]] = {}  # (bytes, CRC-32) of files that were written to
+        self._newest = -1  # tick of the newest log that the stage has, as far as it has said
         self._about = _read_about(self.folder / ABOUT)
 
     @property
@@ -63,6 +65,9 @@ class StageCopy:
             return CopyHeld(copy.file, refused="it is of another start of the run")
         if self.start_id != start_id:
             self._begin(start_id)
+        if copy.newest != self._newest:
+            self._drop(lambda tick: tick > copy.newest)
+            self._newest = copy.newest
         if copy.file in self._about.digests and self._about.digests[copy.file] == copy.digest:
             return CopyHeld(copy.file, (self.folder / copy.file).stat().st_size, whole=True)
         shard = bool(name["shard"])
@@ -170,16 +175,17 @@ class StageCopy:
             return CopyHeld(copy.file, refused=f"its sha256 is {digest[:12]}..., wanted {copy.digest[:12]}...")
         path.replace(self.folder / copy.file)
         self._about.digests[copy.file] = digest
-        self._drop_before(tick)
+        self._drop(lambda other: other < tick)
         self._keep_about()
         self.link_into_checkpoints()
         return CopyHeld(copy.file, held.bytes, held.checksum, whole=True)
 
-    def _drop_before(self, tick: int) -> None:
+    def _drop(self, useless: Callable[[int], bool]) -> None:
+        """Logs and shards of such ticks go."""
         for path in list(self.folder.rglob("*")):
             match = self._names.fullmatch(self._name(path).removesuffix(PART))
-            older = match is not None and [t for t in (match["log"], match["shard"]) if t and int(t) < tick]
-            if older and path.is_file():
+            tick = match and (match["log"] or match["shard"])
+            if tick and useless(int(tick)) and path.is_file():
                 path.unlink()
                 self._known.pop(self._name(path).removesuffix(PART), None)
                 self._about.digests.pop(self._name(path), None)

@@ -133,15 +133,14 @@ class Copier:
             if there is not None and wanted.rewritten and await self._differs(wanted, *there):
                 there = None
             if there is None or there[0] < wanted.bytes:
-                await self._send(wanted, there)
+                await self._send(wanted, there, extents)
                 return True
         return False
 
     async def _differs(self, wanted: Wanted, size: int, checksum: int) -> bool:
         return size > wanted.bytes or await asyncio.to_thread(self._sum, wanted, size) != checksum
 
-    async def _send(self, wanted: Wanted, there: tuple[int, int] | None) -> None:
-        age = self._age
+    async def _send(self, wanted: Wanted, there: tuple[int, int] | None, extents: Extents) -> None:
         if there is None:  # an empty part asks
             offset, part = wanted.bytes, b""
             before = await asyncio.to_thread(self._sum, wanted, wanted.bytes)
@@ -149,11 +148,10 @@ class Copier:
             offset, before = there
             part = await asyncio.to_thread(self._read, wanted, offset, min(PART_BYTES, wanted.bytes - offset))
         end, last = offset + len(part), offset + len(part) == wanted.bytes
-        if self._redo.extents.age != age:
+        if self._redo.extents.age != extents.age or not extents.files:
             return  # what was read may be of neither age
-        start_id = self._redo.extents.start_id
-        message = Copy(wanted.name, offset, before, part, wanted.digest if last else "", start_id)
-        message.tick = wanted.tick if last else 0
+        message = Copy(wanted.name, offset, before, part, wanted.digest if last else "", extents.start_id)
+        message.tick, message.newest = wanted.tick if last else 0, extents.files[-1].base
         self._answer = asyncio.get_running_loop().create_future()
         self._post(message)
         answer = await self._answer

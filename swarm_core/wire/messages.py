@@ -387,6 +387,7 @@ class Copy:
     digest: str = ""
     start_id: int = 0
     tick: int = 0
+    newest: int = 0
 
 
 @dataclass

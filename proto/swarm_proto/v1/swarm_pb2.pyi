@@ -268,7 +268,7 @@ class Held(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., start_id: _Optional[int] = ..., ticks: _Optional[_Iterable[int]] = ..., lineages: _Optional[_Iterable[int]] = ..., pending: _Optional[_Iterable[int]] = ..., decided: _Optional[_Union[Decide, _Mapping]] = ...) -> None: ...
 
 class Copy(_message.Message):
-    __slots__ = ("file", "offset", "before", "part", "digest", "start_id", "tick")
+    __slots__ = ("file", "offset", "before", "part", "digest", "start_id", "tick", "newest")
     FILE_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     BEFORE_FIELD_NUMBER: _ClassVar[int]
@@ -276,6 +276,7 @@ class Copy(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     START_ID_FIELD_NUMBER: _ClassVar[int]
     TICK_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_FIELD_NUMBER: _ClassVar[int]
     file: str
     offset: int
     before: int
@@ -283,7 +284,8 @@ class Copy(_message.Message):
     digest: str
     start_id: int
     tick: int
-    def __init__(self, file: _Optional[str] = ..., offset: _Optional[int] = ..., before: _Optional[int] = ..., part: _Optional[bytes] = ..., digest: _Optional[str] = ..., start_id: _Optional[int] = ..., tick: _Optional[int] = ...) -> None: ...
+    newest: int
+    def __init__(self, file: _Optional[str] = ..., offset: _Optional[int] = ..., before: _Optional[int] = ..., part: _Optional[bytes] = ..., digest: _Optional[str] = ..., start_id: _Optional[int] = ..., tick: _Optional[int] = ..., newest: _Optional[int] = ...) -> None: ...
 
 class CopyHeld(_message.Message):
     __slots__ = ("file", "bytes", "checksum", "whole", "refused")

@@ -45,10 +45,15 @@ class Epochs:
         self._device = pick_device(config.run.device)
         self._compute: StageCompute | None = None
         self._work: ComputeThread | None = None
-        self._redo = Redo(out, stage, self._manifest.stages, membership.digest)
+        self.redo = Redo(out, stage, self._manifest.stages, membership.digest)
         self._worked = False
         self.rows: list[Report] = []  # of ticks that the anchor may not have in its books
         self.saved: Saved | None = None  # the shard that this epoch begins with
+
+    async def find(self) -> int:
+        """Read the log that lies here; the start of the run that it is of, 0 where there is none."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self.redo.find)
+        return self.redo.start_id
 
     async def load(self) -> Ready:
         """The layers of this stage, from the model's files."""
@@ -57,7 +62,6 @@ class Epochs:
             torch.set_num_threads(config.run.threads)
         loop = asyncio.get_running_loop()
         found = await loop.run_in_executor(self._thread, fingerprint, self._path)
-        await loop.run_in_executor(self._thread, self._redo.find)
         compute = self._compute = await loop.run_in_executor(self._thread, self._fresh)
         if compute.correcting is not None:
             self._membership.expect_corrections(compute.correcting.largest_packet)
@@ -83,7 +87,7 @@ class Epochs:
 
     def held(self, epoch: int) -> Held:
         """The answer to a FENCE. Runs on the compute thread: whatever it was at is done by then."""
-        redo, stages = self._redo, self._manifest.stages
+        redo, stages = self.redo, self._manifest.stages
         redo.sync()
         versions = redo.versions(shard_ticks(self._out, self._stage, stages))
         held = Held(epoch, redo.start_id, [tick for tick, _ in versions], [lineage for _, lineage in versions])
@@ -111,7 +115,7 @@ class Epochs:
         self._worked = True
         keep = self._manifest.config.checkpoint.keep
         shards = ShardWriter(self._out, self._stage, self._manifest.stages, self._membership.digest, self.saved, keep)
-        self._work = ComputeThread(compute, self._thread, shards, built.position, self._redo)
+        self._work = ComputeThread(compute, self._thread, shards, built.position, self.redo)
         if start.recovery and self.saved is None and built.decide is not None and built.decide.checkpoint:
             state = built.zero
             self.saved = await asyncio.get_running_loop().run_in_executor(
@@ -133,26 +137,26 @@ class Epochs:
             tick, file = built.position.tick, shard_name(self._stage, self._manifest.stages)
             self.saved = Saved(tick, start.checkpoint, file, digest)
             log.info("continuing at tick %d from %s", tick, start.checkpoint)
-        self._redo.begin(start.start_id, (built.position.tick, built.position.lineage), digest)
+        self.redo.begin(start.start_id, (built.position.tick, built.position.lineage), digest)
         self._take_newest_bases(compute)
         return built
 
     def _recover(self, start: Start) -> Rebuilt:
         """An epoch begins at a version that all stages hold."""
         version, stages = (start.tick, start.lineage), self._manifest.stages
-        base, shard = base_of(self._redo, version, self._out, self._stage, stages)
+        base, shard = base_of(self.redo, version, self._out, self._stage, stages)
         compute = self._compute if self._work is None else None
         self._compute = self._work = None  # a second set of weights and moments may not fit
         attempt = Rebuilding(compute or self._fresh(), shard, start.epoch)
-        attempt.replay(self._redo.records(base, version))
-        voted, built = self._redo.voted, attempt.done
+        attempt.replay(self.redo.records(base, version))
+        voted, built = self.redo.voted, attempt.done
         if (
             self._stage == 0 and start.reported_tick < base
         ):  # the anchor may have been away for longer than a checkpoint
-            built.rows = [from_bytes(Report, r.row) for r in self._redo.records(0, version) if r.row]
-        left = self._redo.cut(version)
+            built.rows = [from_bytes(Report, r.row) for r in self.redo.records(0, version) if r.row]
+        left = self.redo.cut(version)
         if built.position.tick < start.tick and voted is not None:  # it has voted, and hears the decision only now
-            self._redo.append(Record(Kind.DECIDED, stamp=voted, decide=start.decide))
+            self.redo.append(Record(Kind.DECIDED, stamp=voted, decide=start.decide))
             attempt.decided(voted, start.decide)
         if (built.position.tick, built.position.lineage) != version:
             raise ShardError(
@@ -162,10 +166,10 @@ class Epochs:
         for record in left:
             attempt.keep(record)
         for rollouts in built.rollouts:
-            self._redo.append(Record(Kind.ROLLOUTS, to_bytes(rollouts), microbatch=rollouts.batch))
+            self.redo.append(Record(Kind.ROLLOUTS, to_bytes(rollouts), microbatch=rollouts.batch))
         self._take_newest_bases(built.compute)
-        self._redo.sync()
-        nearest, digest = self._redo.bases(version)[0]
+        self.redo.sync()
+        nearest, digest = self.redo.bases(version)[0]
         file = shard_name(self._stage, stages)
         self.saved = (
             Saved(nearest, checkpoint_name(nearest), file, digest) if digest and nearest == start.tick else None
@@ -178,7 +182,7 @@ class Epochs:
         newest = self._membership.last_bases
         if newest is not None:
             compute.add_bases(newest.version, read_bases(newest, self._manifest, self._stage))
-            self._redo.append(Record(Kind.BASES, to_bytes(newest)))
+            self.redo.append(Record(Kind.BASES, to_bytes(newest)))
 
     def _read_shard(self, checkpoint: str, digest: str) -> Shard:
         path = self._out / CHECKPOINTS / checkpoint / shard_name(self._stage, self._manifest.stages)

@@ -16,7 +16,7 @@ import enum
 import logging
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,12 +24,12 @@ from typing import Any, BinaryIO
 import msgpack
 from isal.isal_zlib import crc32
 
+from swarm_core.run_folder import REDO, log_name, stage_name
 from swarm_core.wire.messages import Decide, Mode
 from swarm_worker.headers import Position
 from swarm_worker.schedule import Op, Stamp
 
 log = logging.getLogger(__name__)
-FOLDER = "redo"
 FORMAT = 1
 HEAD = struct.Struct("<II")
 Version = tuple[int, int]
@@ -74,16 +74,41 @@ class _Segment:
     bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Extent:
+    """A file of the log, as far as it is on disk."""
+
+    path: Path
+    base: int  # tick of the version it begins with
+    shard: str  # as in _Segment
+    bytes: int
+    tick: int  # of the newest version in it
+
+
+@dataclass(frozen=True)
+class Extents:
+    """All files of a log, oldest first. Within one `age` they only grow, or go; of another one nothing need be as it was."""
+
+    age: int = 0
+    start_id: int = 0
+    files: tuple[Extent, ...] = ()
+
+
 class Redo:
-    """The log of one stage below a run folder. Appending and syncing happen on one thread at a time."""
+    """The log of one stage below a run folder. Appending and syncing happen on one thread at a time.
+
+    `extents` may be read on any thread; `on_sync` is called, on the log's own thread, whenever it is another one.
+    """
 
     def __init__(self, out: Path, stage: int, stages: int, digest: str) -> None:
-        self.folder = out / FOLDER / f"stage-{stage:02d}-of-{stages:02d}"
+        self.folder = out / REDO / stage_name(stage, stages)
         self._digest = digest
         self._file: BinaryIO | None = None
         self._segments: list[_Segment] = []
         self._stock: dict[int, Record] = {}  # rollouts whose batch has not begun: a new file needs them again
         self.start_id = 0
+        self.extents = Extents()
+        self.on_sync: Callable[[], None] = lambda: None
 
     # Writing -----------------------------------------------------------------------------------------------------------
 
@@ -94,7 +119,7 @@ class Redo:
         for path in self.folder.glob("tick-*.log"):
             path.unlink()
         self._segments, self.start_id, self._stock = [], start_id, {}
-        self._open(base, shard)
+        self._open(base, shard, aged=True)
 
     def turn(self, base: Version, shard: str, keep: int) -> None:
         """This version is in a shard now: go on in a new file. The files of the newest `keep` shards before it stay."""
@@ -106,9 +131,10 @@ class Redo:
         for old in self._segments[: -(keep + 1)] if keep else []:
             old.path.unlink(missing_ok=True)
         self._segments = self._segments[-(keep + 1) :] if keep else self._segments
+        self._tell()
 
-    def _open(self, base: Version, shard: str) -> None:
-        path = self.folder / f"tick-{base[0]:08d}.log"
+    def _open(self, base: Version, shard: str, *, aged: bool = False) -> None:
+        path = self.folder / log_name(base[0])
         self._file = path.open("wb")
         self._segments.append(_Segment(path, shard, [base], [0], [None]))
         about = {"format": FORMAT, "digest": self._digest, "start": self.start_id, "shard": shard}
@@ -116,7 +142,7 @@ class Redo:
         self._segments[-1].ends[0] = self._write(Kind.BASE, about, b"")
         for record in list(self._stock.values()):
             self.append(record)
-        self.sync()
+        self.sync(aged=aged)
         _sync(self.folder)
 
     def append(self, record: Record) -> None:
@@ -147,11 +173,17 @@ class Redo:
         self._segments[-1].bytes += HEAD.size + len(body)
         return self._segments[-1].bytes
 
-    def sync(self) -> None:
+    def sync(self, *, aged: bool = False) -> None:
         """Wait until everything appended is on disk."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
+            self._tell(aged=aged)
+
+    def _tell(self, *, aged: bool = False) -> None:
+        files = (Extent(s.path, s.versions[0][0], s.shard, s.bytes, s.versions[-1][0]) for s in self._segments)
+        self.extents = Extents(self.extents.age + aged, self.start_id, tuple(files))
+        self.on_sync()
 
     def close(self) -> None:
         if self._file is not None:
@@ -179,6 +211,7 @@ class Redo:
             _sync(path)
         if self._segments:
             _sync(self.folder)
+        self._tell(aged=True)
 
     def versions(self, shards: set[int]) -> list[Version]:
         """The versions that can be rebuilt, oldest first; `shards` are the ticks of those that are there."""
@@ -240,7 +273,7 @@ class Redo:
         self._file = segment.path.open("r+b")
         self._file.truncate(segment.bytes)
         self._file.seek(segment.bytes)
-        self.sync()
+        self.sync(aged=True)
         _sync(self.folder)  # a file of that future must not come back behind a power cut
         return left
 

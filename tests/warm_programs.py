@@ -39,6 +39,7 @@ IMPORTS = (
     "swarm_worker.stage_process", "swarm_worker.sampler.process", "swarm_worker.sampler.hf", "swarm_worker.local",
     "transformers.models.llama.modeling_llama", "transformers.models.qwen2.modeling_qwen2",
 )  # fmt: skip
+CLONE_NEWNET = 0x40000000  # linux/sched.h; os.setns comes with Python 3.12
 LARGEST_REQUEST = 1 << 17  # an environment
 
 
@@ -108,19 +109,22 @@ class WarmPrograms:
         env: dict[str, str] | None = None,
         output: Any = None,
         constants: dict[str, float] | None = None,
+        namespace: str = "",
     ) -> Any:
         """`command` as of `command()`, with more environment; `output` is PIPE, for stdout and stderr apart, or a file.
 
         `constants`: {"anchor_node.service.GRACE_S": 2.0}, waits to be shortened in it and its children, unless COLD.
+        `namespace`: the network namespace to run in, by its name.
         """
         environment = {**ENVIRONMENT, **(env or {})}
         if COLD:
-            return subprocess.Popen(command, env=environment, stdout=output, stderr=output, text=True)
+            prefix = ["ip", "netns", "exec", namespace] if namespace else []
+            return subprocess.Popen([*prefix, *command], env=environment, stdout=output, stderr=output, text=True)
         with contextlib.ExitStack() as stack:
             pipes: list[int | None] = []
             outputs = [_output(output, pipes, stack) for _ in range(2)]
-            request = {"argv": list(command[2:]), "env": environment, "cwd": os.getcwd()}
-            request["constants"] = constants or {}
+            request: dict[str, Any] = {"argv": list(command[2:]), "env": environment, "cwd": os.getcwd()}
+            request |= {"constants": constants or {}, "namespace": namespace}
             answer, descriptors = self._ask(request, outputs)
         return Process(self, answer["pid"], descriptors[0], pipes)
 
@@ -251,6 +255,10 @@ class Forked:
 
 def _prepare(request: dict[str, Any]) -> None:
     os.chdir(request["cwd"])
+    if request["namespace"]:
+        with open(f"/run/netns/{request['namespace']}") as namespace:
+            entered = ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET)
+        assert entered == 0, os.strerror(ctypes.get_errno())
     for name, value in request["constants"].items():
         module, _, constant = name.rpartition(".")
         assert hasattr(sys.modules[module], constant), name

@@ -8,85 +8,14 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import Any
 
-from warm_programs import WarmPrograms, command
-
-from swarm_core.run_folder import JOURNAL_FILE
-from swarm_worker.failpoints import VARIABLE
+from processes import LIMIT_S, Processes
+from warm_programs import WarmPrograms
 
 KILLS, SEED = int(os.environ.get("KEDGE_KILLS", "3")), int(os.environ.get("KEDGE_SEED", "1"))
-# An anchor awaits whoever is away when the run ends: here most often a sampler that was killed, and does not come back.
-CONSTANTS = {"anchor_node.service.GRACE_S": 8.0}
-LIMIT_S = 180.0  # between two kills: importing torch on a loaded machine, twice
-
-
-class Processes:
-    """An anchor, its stages and a sampler, each a process that is started again when it is gone."""
-
-    def __init__(self, programs: WarmPrograms, run_file: Path, out: Path, stages: int, failpoints: str = "") -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        out.mkdir(parents=True)
-        self.out = out
-        self._programs, self._environment = programs, {VARIABLE: failpoints}
-        common = ("--anchor", address, "--out", out)
-        serve = ("serve", "--config", run_file, "--out", out, "--listen", address, "--log", out / "anchor-words.log")
-        self._commands = {"anchor": command("anchor_node", *serve)}
-        for stage in range(stages):
-            self._commands[f"stage {stage}"] = command("swarm_worker", "join", "--stage", stage, *common)
-        self._commands["sampler"] = command("swarm_worker", "sample", *common)
-        self.running = {name: self._start(name) for name in self._commands}
-
-    def _start(self, name: str, *more: str) -> Any:
-        with (self.out / f"{name}.log").open("ab") as log:
-            command = [*self._commands[name], *more]
-            return self._programs.start(command, env=self._environment, output=log, constants=CONSTANTS)
-
-    @property
-    def ticks(self) -> int:
-        path = self.out / JOURNAL_FILE
-        return len(path.read_text().splitlines()) if path.exists() else 0
-
-    def kill(self, name: str) -> None:
-        self.running[name].send_signal(signal.SIGKILL)
-        self.running[name].wait()
-
-    def see_to_it(self) -> bool:
-        """Start anew whoever was killed; whether the run is still on. Raises where somebody failed."""
-        for name, process in self.running.items():
-            code = process.poll()
-            assert code in (None, 0, -signal.SIGKILL), (
-                f"{name}: {code}\n{(self.out / f'{name}.log').read_text()[-2000:]}"
-            )
-            if code == -signal.SIGKILL:
-                self.running[name] = self._start(name, *(["--resume"] if name == "anchor" else []))
-        return self.running["anchor"].poll() is None
-
-    def until(self, ticks: int) -> bool:
-        """Wait until so many ticks are decided; False when the run is over."""
-        deadline = time.monotonic() + LIMIT_S
-        while self.see_to_it():
-            if self.ticks >= ticks:
-                return True
-            assert time.monotonic() < deadline, f"no tick after {self.ticks} in {LIMIT_S} s (seed {SEED})"
-            time.sleep(0.02)
-        return False
-
-    def end(self) -> None:
-        deadline = time.monotonic() + LIMIT_S
-        while any(p.poll() is None for p in self.running.values()) and time.monotonic() < deadline:
-            self.see_to_it()
-            time.sleep(0.05)
-
-    def stop(self) -> None:
-        for process in self.running.values():
-            process.kill()
-            process.wait()
 
 
 def test_whoever_is_killed_as_soon_as_ticks_flow_nothing_is_lost(
@@ -109,6 +38,25 @@ def test_whoever_is_killed_as_soon_as_ticks_flow_nothing_is_lost(
         swarm.check_equal(calm)
         assert all(row["lost_ticks"] == 0 for row in swarm.rows("event") if "lost_ticks" in row)
         runs += 1
+
+
+def test_everybody_is_killed_at_once_and_goes_on_where_the_logs_end(
+    run_file: Path, calm: Any, programs: WarmPrograms, tmp_path: Path
+) -> None:
+    """As by a power cut: the newest checkpoint is of tick 8, and no tick is lost."""
+    swarm = type(calm)(run_file, tmp_path / "run")
+    processes = Processes(programs, run_file, swarm.out, 3)
+    try:
+        assert processes.until(12)
+        for name in processes.running:
+            processes.kill(name)
+        processes.see_to_it()
+        processes.end()
+    finally:
+        processes.stop()
+    assert len(swarm.events("fence")) == 1
+    assert [row["lost_ticks"] for row in swarm.rows("event") if "lost_ticks" in row] == [0]
+    swarm.check_equal(calm)
 
 
 def test_processes_that_die_at_named_points_lose_nothing(

@@ -8,7 +8,8 @@ packets are what is counted. netem is not needed; root and /dev/net/tun are. Not
     python -m deploy.wan.link --hosts 3 --rate-mbps 100 --delay-ms 40               # until Ctrl-C; says how to get in
     python -m deploy.wan.link --rate-mbps 20 --delay-ms 100 -- iperf3 -c 10.77.0.2  # a command on host 0
 
-or `with wan(rate_mbps=100, delay_ms=40) as hosts:` from Python.
+or `with wan(rate_mbps=100, delay_ms=40) as hosts:` from Python; there `hosts.cut(hosts[0], hosts[2])` loses every packet
+between two of them, and tells neither, until `hosts.heal`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
 TUN = Path("/dev/net/tun")
@@ -51,6 +53,23 @@ class Host:
     def command(self, arguments: Sequence[object]) -> list[str]:
         """How to run something on this host."""
         return ["ip", "netns", "exec", self.namespace, *map(str, arguments)]
+
+
+class Hosts(list[Host]):
+    """The hosts of a network that is up. Between two of them it can be cut: their packets are lost, and nobody is told."""
+
+    def __init__(self, hosts: Sequence[Host], network: TextIO) -> None:
+        super().__init__(hosts)
+        self._network = network
+
+    def cut(self, one: Host, other: Host) -> None:
+        self._say("cut", one, other)
+
+    def heal(self, one: Host, other: Host) -> None:
+        self._say("heal", one, other)
+
+    def _say(self, verb: str, one: Host, other: Host) -> None:
+        print(verb, self.index(one), self.index(other), file=self._network, flush=True)
 
 
 @dataclass
@@ -80,7 +99,7 @@ def wan(
     loss: float = 0.0,
     seed: int = 0,
     congestion: str = "cubic",
-) -> Iterator[list[Host]]:
+) -> Iterator[Hosts]:
     """An emulated network for as long as the block lasts, shaped by a process of its own. Raises WanError."""
     check()
     options = {"hosts": hosts, "rate-mbps": rate_mbps, "delay-ms": delay_ms, "loss": loss, "seed": seed}
@@ -89,11 +108,11 @@ def wan(
     command += [f"--{name}={value}" for name, value in options.items()]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
     try:
-        assert process.stdout is not None
+        assert process.stdout is not None and process.stdin is not None
         lines = [process.stdout.readline().split() for _ in range(hosts)]
         if not all(lines):
             raise WanError("the emulated network did not come up; its reason stands above")
-        yield [Host(line[0], line[1]) for line in lines]
+        yield Hosts([Host(line[0], line[1]) for line in lines], process.stdin)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
@@ -153,6 +172,13 @@ class Shaper:
         self._delay_s, self._loss = delay_s, loss
         self._random = random.Random(seed)
         self._due: list[collections.deque[tuple[float, bytes]]] = [collections.deque() for _ in tuns]
+        self._cut: set[frozenset[int]] = set()
+
+    def obey(self, line: str) -> None:
+        """`cut A B`: from now on nothing passes between these two, by their numbers, until `heal A B`. From any thread."""
+        verb, *ends = line.split()
+        change = {"cut": self._cut.add, "heal": self._cut.discard}[verb]
+        change(frozenset(map(int, ends)))
 
     def step(self) -> None:
         first = min((due[0][0] for due in self._due if due), default=None)
@@ -174,6 +200,8 @@ class Shaper:
             target = packet[19] - 1 if packet[0] >> 4 == 4 and packet.startswith(b"\x0a\x4d\0", 16) else -1
             if not 0 <= target < len(self._tuns) or target == source or self._random.random() < self._loss:
                 continue
+            if frozenset((source, target)) in self._cut:
+                continue
             up = self._up[source].through_at(time.monotonic(), len(packet))
             if up is None:
                 continue
@@ -190,18 +218,25 @@ def serve(arguments: argparse.Namespace) -> int:
     # One round trip and 50 ms of the line rate: what a home router holds, and enough for cubic to keep the link full.
     queue_s = (2 * arguments.delay_ms + 50 if arguments.queue_ms is None else arguments.queue_ms) / 1e3
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    if arguments.while_stdin:  # whoever started us may be killed without a word
-        threading.Thread(target=lambda: (sys.stdin.read(), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
     with namespaces(arguments.hosts, arguments.congestion) as (hosts, tuns):
         with contextlib.suppress(OSError):  # late packets are measurement errors; without the right it still works
             os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))
         for host in hosts:
             print(f"{host.namespace} {host.address}  # ip netns exec {host.namespace} COMMAND", flush=True)
         shaper = Shaper(tuns, bytes_per_s, arguments.delay_ms / 1e3, queue_s, arguments.loss, arguments.seed)
+        if arguments.while_stdin:
+            threading.Thread(target=_listen, args=[shaper], daemon=True).start()
         child = subprocess.Popen(hosts[0].command(arguments.command)) if arguments.command else None
         while child is None or child.poll() is None:
             shaper.step()
         return child.returncode
+
+
+def _listen(shaper: Shaper) -> None:
+    """What to cut and to heal, until standard input ends: whoever started us may be killed without a word."""
+    for line in sys.stdin:
+        shaper.obey(line)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> int:
@@ -215,7 +250,9 @@ def main() -> int:
     parser.add_argument(
         "--congestion", default="cubic", help="TCP congestion control of the hosts (default %(default)s)"
     )
-    parser.add_argument("--while-stdin", action="store_true", help="end when standard input does")
+    parser.add_argument(
+        "--while-stdin", action="store_true", help="end when standard input does; lines there cut and heal"
+    )
     parser.add_argument("command", nargs="*", help="to be run on host 0, after --")
     try:
         check()

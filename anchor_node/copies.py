@@ -54,13 +54,22 @@ class StageCopy:
         """The start of the run that the copy is of; 0: there is none."""
         return self._about.start_id
 
-    def take(self, copy: Copy, start_id: int) -> CopyHeld:
-        """A part, or a question (an empty part): what is there afterwards. Raises BadFrame for what no stage sends."""
-        name = self._checked(copy.file)
-        if len(copy.part) > MOST_BYTES:
+    def check(self, message: Copy | CopyWanted) -> re.Match[str]:
+        """What can be said without a look at the disk. Raises BadFrame for what no stage sends."""
+        match = self._names.fullmatch(message.file)
+        if match is None:
             raise BadFrame(
-                f"stage {self._stage} sent {len(copy.part)} bytes of {copy.file}; a part has {MOST_BYTES} at most"
+                f"stage {self._stage} names {message.file[:99]!r}, which is no file of its own that is copied"
             )
+        if isinstance(message, Copy) and len(message.part) > MOST_BYTES:
+            raise BadFrame(
+                f"stage {self._stage} sent {len(message.part)} bytes of {match[0]}; a part has {MOST_BYTES} at most"
+            )
+        return match
+
+    def take(self, copy: Copy, start_id: int) -> CopyHeld:
+        """A part, or a question (an empty part): what is there afterwards. Raises as `check`."""
+        name = self.check(copy)
         if copy.start_id != start_id:
             return CopyHeld(copy.file, refused="it is of another start of the run")
         if self.start_id != start_id:
@@ -92,11 +101,11 @@ class StageCopy:
         return Copies(self.start_id, files) if files else Copies()
 
     def read(self, wanted: CopyWanted) -> Copy:
-        """A part of a listed file. Raises BadFrame."""
-        self._checked(wanted.file)
+        """A part of a listed file; an empty one where there is none. Raises as `check`."""
+        self.check(wanted)
         path = self.folder / wanted.file
         if not path.is_file() or wanted.offset > path.stat().st_size:
-            raise BadFrame(f"stage {self._stage} wants {wanted.file} from byte {wanted.offset} on; there is none")
+            return Copy(wanted.file, wanted.offset)
         with path.open("rb") as file:
             file.seek(wanted.offset)
             return Copy(wanted.file, wanted.offset, part=file.read(MOST_BYTES))
@@ -116,12 +125,6 @@ class StageCopy:
                 _link(self.folder / copied, self._out / copied)
 
     # Inside ------------------------------------------------------------------------------------------------------------
-
-    def _checked(self, name: str) -> re.Match[str]:
-        match = self._names.fullmatch(name)
-        if match is None:
-            raise BadFrame(f"stage {self._stage} names {name[:99]!r}, which is no file of its own that is copied")
-        return match
 
     def _name(self, path: Path) -> str:
         return str(path.relative_to(self.folder))

@@ -34,6 +34,7 @@ class OffHost:
         self._tasks: set[asyncio.Task[None]] = set()
         self._refusals: dict[int, str] = {}
         self._sending: set[int] = set()  # stages that have sent a part to this anchor
+        self._moved = True  # a part has come since the last reminder
         self._last = ""  # checkpoint that the run ends with, once it has finished
         self._behind: set[int] = set()
 
@@ -41,14 +42,18 @@ class OffHost:
         """A COPY, COPIES or COPY_WANTED of a stage. Raises BadFrame."""
         stage = member.stage
         match frame.header.kind:
-            case FrameKind.COPY if not member.at_work:
-                raise BadFrame(f"stage {stage} sent COPY before it was started")
             case FrameKind.COPY:
-                work = self._take_part(stage, box, from_bytes(Copy, frame.payload))
+                part = from_bytes(Copy, frame.payload)
+                self.copies[stage].check(part)
+                if not member.at_work:
+                    raise BadFrame(f"stage {stage} sent COPY before it was started")
+                work = self._take_part(stage, box, part)
             case FrameKind.COPIES:
                 work = self._list(stage, box, from_bytes(Copies, frame.payload))
             case _:
-                work = self._give(stage, box, from_bytes(CopyWanted, frame.payload))
+                wanted = from_bytes(CopyWanted, frame.payload)
+                self.copies[stage].check(wanted)
+                work = self._give(stage, box, wanted)
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -65,6 +70,21 @@ class OffHost:
         """Stages whose last shard is to come."""
         coming = (i for i in sorted(self._sending) if not self._refusals.get(i))
         return [i for i in coming if not self.copies[i].has_shard(self._last)]
+
+    def remind(self) -> None:
+        """Once a minute while a run that has finished waits for copies: one that does not move any more is not waited for."""
+        if not self._last or not (missing := self._missing()):
+            return
+        if self._moved:
+            self._anchor.event(
+                "copies", f"still being copied: the last shards of stages {', '.join(map(str, missing))}"
+            )
+        else:
+            self._anchor.event(
+                "copies_given_up", f"no part came for a minute: the last shards of stages {missing} stay there"
+            )
+            self._anchor.settle(COPIES)
+        self._moved = False
 
     def completed(self) -> None:
         """A checkpoint is complete: copied shards may be part of it."""
@@ -90,6 +110,7 @@ class OffHost:
             self._anchor.event("copy_refused", f"stage {stage}, {held.file}: {held.refused}")
         self._refusals[stage] = held.refused
         self._sending.add(stage)
+        self._moved = True
         self._anchor.post(box, FrameKind.COPY_HELD, held)
         if self._last and (held.whole or held.refused) and not self._missing():
             self._anchor.settle(COPIES)
@@ -108,7 +129,7 @@ class OffHost:
         self._anchor.post(box, FrameKind.COPY, part)
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        """A stage that asks for nonsense is told when it next says something; anything else is our fault, and no run's end."""
+        """What goes wrong here is the anchor's own disk, say, and no reason to end a run."""
         self._tasks.discard(task)
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
             self._anchor.event("copy_failed", f"{type(error).__name__}: {error}")

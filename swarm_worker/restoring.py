@@ -42,7 +42,6 @@ class Restoring:
         stages = membership.manifest.stages
         self._staging = out / FOLDER / stage_name(stage, stages)
         self._log = out / REDO / stage_name(stage, stages)
-        self._names = copied_files(stage, stages)
         self._said_at = time.monotonic()
 
     async def run(self, start_id: int) -> bool:
@@ -81,9 +80,7 @@ class Restoring:
     # Fetching ----------------------------------------------------------------------------------------------------------
 
     async def _fetch(self, listed: Copies) -> None:
-        for file in listed.files:
-            if self._names.fullmatch(file.file) is None:
-                raise BadFrame(f"the anchor lists {file.file[:99]!r}, which is no file of stage {self._stage}")
+        check_listed(listed, self._stage, self._membership.manifest.stages)
         size = sum(file.bytes for file in listed.files)
         log.info("stage %d: fetching %.1f MB of its state from the anchor", self._stage, size / 1e6)
         done = 0
@@ -144,6 +141,14 @@ class Restoring:
             sync(self._out / name)
         shutil.rmtree(self._staging)
         log.info("stage %d: its state is here", self._stage)
+
+
+def check_listed(listed: Copies, stage: int, stages: int) -> None:
+    """Only a stage's own files are fetched, whatever is listed. Raises BadFrame."""
+    names = copied_files(stage, stages)
+    for file in listed.files:
+        if names.fullmatch(file.file) is None:
+            raise BadFrame(f"the anchor lists {file.file[:99]!r}, which is no file of stage {stage}")
 
 
 def _sum(path: Path) -> int:

@@ -237,6 +237,7 @@ def test_only_a_stages_own_files_have_names(name: str, kept: StageCopy) -> None:
         kept.take(Copy(name, 0, 0, b"x", start_id=START), START)
     with pytest.raises(BadFrame):
         kept.read(CopyWanted(name, 0))
+    assert kept.read(CopyWanted(f"{LOG}/tick-00000008.log", 0)).part == b"", "no such file"
 
 
 def test_the_journal_is_of_stage_0_alone(tmp_path: Path) -> None:

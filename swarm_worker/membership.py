@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import logging
 import secrets
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ from swarm_core.wire.tls import Identity
 ANCHOR_LIMITS = {FrameKind.WELCOME: 4 << 20}
 CORRECTION_BESIDE = 1 << 10  # what a CORRECTION has beside its packet
 LAST_WORDS_S = 0.5  # between the reason of a failure and the end of the stream that carries it
+AGAIN_S = 0.5  # before an anchor that was lost is dialled again
+LOST_AT_MOST = 20  # times before the start; an anchor that loses us more often has another trouble than restarts
 log = logging.getLogger(__name__)
 Greeted = tuple[Dialled, Welcome]
 
@@ -116,7 +119,7 @@ async def join(
         log.warning("no answer from the anchor at %s for %.0f s, trying on until %.0f s", address, waited_s, wait_s)
 
     way = Way(address, method, ledger, link, hello, identity)
-    anchor, welcome = await greet(way, lambda: hello, wait_s, waiting)
+    anchor, welcome = await _greet_again(way, wait_s, waiting)
     manifest = read_manifest(welcome.manifest)
     if manifest.digest() != welcome.manifest_digest:
         raise ManifestMismatch(
@@ -130,14 +133,49 @@ async def join(
     return Membership(anchor, manifest, welcome.manifest_digest, way)
 
 
+async def _greet_again(way: Way, wait_s: float, waiting: Callable[[float], None] | None = None) -> Greeted:
+    """`greet`, also by way of anchors that are lost before they have answered."""
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            return await greet(way, lambda: way.hello, max(1.0, until - time.monotonic()), waiting)
+        except PeerLost:
+            if time.monotonic() > until:
+                raise
+            await asyncio.sleep(AGAIN_S)
+
+
 async def rejoin(membership: Membership, wait_s: float) -> None:
     """The anchor was lost before the start: wait for it, or for the next one, and begin a stream anew. Raises as `greet`."""
     limits = membership.anchor.limits
     membership.early.clear()
-    membership.anchor, welcome = await greet(membership.way, lambda: membership.way.hello, wait_s)
+    membership.anchor, welcome = await _greet_again(membership.way, wait_s)
     membership.anchor.pace(limits)
     if welcome.manifest_digest != membership.digest:
         raise ManifestMismatch(f"the anchor at {membership.way.address} runs another manifest than before")
+
+
+async def await_word(
+    membership: Membership,
+    ready: Frame,
+    wait_s: float,
+    take_bases: Callable[[BasisSet], None] | None = None,
+    answer: Callable[[Fence], Awaitable[Frame]] | None = None,
+) -> Start | None:
+    """Say READY and `await_start`. An anchor that is lost meanwhile is waited for as if it had not been there yet.
+
+    Else a death of the anchor would be one of every worker that is about to start, too. Raises PeerLost, Unreachable.
+    """
+    for _ in range(LOST_AT_MOST):
+        try:
+            await membership.anchor.send(ready)
+            return await await_start(membership, take_bases, answer)
+        except PeerLost as error:
+            log.warning("%s; waiting for it, as nothing has begun", error)
+            await membership.anchor.close()
+            await asyncio.sleep(AGAIN_S)
+            await rejoin(membership, wait_s)
+    raise PeerLost(f"the anchor at {membership.way.address} was lost {LOST_AT_MOST} times before the start")
 
 
 async def await_start(

@@ -40,7 +40,7 @@ from swarm_worker.anchor_link import AnchorLink, Standing
 from swarm_worker.copying import Copier, keeps_copy
 from swarm_worker.entry import Entry, enter
 from swarm_worker.epochs import Epochs, span_of
-from swarm_worker.membership import Membership, await_start, join, tell_failure
+from swarm_worker.membership import Membership, await_word, join, tell_failure
 from swarm_worker.restoring import Restoring
 from swarm_worker.service import StageService
 from swarm_worker.turns import Turns
@@ -119,10 +119,8 @@ class StageProcess:
             held = await self.epochs.find()
             if await Restoring(membership, a.out, a.stage).run(held):
                 await self.epochs.find()
-            await membership.anchor.send(
-                Frame(Header(FrameKind.READY, membership.run), to_bytes(await self.epochs.load()))
-            )
-            start = await await_start(membership, answer=self._answer)
+            ready = Frame(Header(FrameKind.READY, membership.run), to_bytes(await self.epochs.load()))
+            start = await await_word(membership, ready, a.wait_s, answer=self._answer)
             if start is None:
                 return
             self._turns.start(start.epoch, start.recovery)

@@ -43,7 +43,7 @@ from swarm_core.wire.rollouts import rollouts_message
 from swarm_core.wire.streams import Dialled, dial
 from swarm_worker.anchor_link import AnchorLink, Standing
 from swarm_worker.entry import enter
-from swarm_worker.membership import Membership, await_start, join, tell_failure
+from swarm_worker.membership import Membership, await_word, join, tell_failure
 from swarm_worker.sampler.collect import Collected
 from swarm_worker.sampler.evaluate import Evaluation
 from swarm_worker.sampler.source import SamplerArguments, Source
@@ -104,8 +104,8 @@ class SamplerProcess:
         source, link = None, None
         try:
             source = await self._call(Source, membership.manifest, a)
-            await self._ready(membership, source)
-            start = await await_start(membership, source.hold_bases)
+            ready = await self._ready(membership, source)
+            start = await await_word(membership, ready, a.wait_s, source.hold_bases)
             if start is None:
                 return
             link = AnchorLink(membership, lambda: Standing(self._epoch, self._tick, source.basis_version))
@@ -198,14 +198,14 @@ class SamplerProcess:
         if not task.cancelled() and (error := task.exception()) is not None and not self.over.done():
             self.over.set_exception(error)
 
-    async def _ready(self, membership: Membership, source: Source) -> None:
+    async def _ready(self, membership: Membership, source: Source) -> Frame:
         found = await self._call(fingerprint, source.model_path)
         if not source.replaying and found != membership.manifest.model_fingerprint:
             raise BadFrame(
                 f"{source.model_path} is not the checkpoint of this run (fingerprint {found[:12]}..., wanted "
                 f"{membership.manifest.model_fingerprint[:12]}...): point --model at the same files"
             )
-        await membership.anchor.send(Frame(Header(FrameKind.READY), to_bytes(Ready(model_fingerprint=found))))
+        return Frame(Header(FrameKind.READY), to_bytes(Ready(model_fingerprint=found)))
 
     async def _dial_stages(self, membership: Membership, source: Source, start: Start) -> None:
         shape = read_shape(source.model_path)

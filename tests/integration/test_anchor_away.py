@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,9 @@ class Anchor:
 
     def resume(self) -> None:
         self.process = self._start("--resume")
+
+    def begin_again(self) -> None:
+        self.process = self._start()
 
 
 class Proxy:
@@ -219,6 +222,38 @@ def test_an_anchor_that_is_killed_and_carries_on_changes_nothing(
     wanted, got = weights(calm), weights(out)
     assert wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
     assert events(out, "carries_on") == [f"{STAGES} stages at work, at tick {4 * GATE}"]
+
+
+def test_whoever_waits_for_the_start_waits_for_the_next_anchor_too(
+    recipe: Callable[..., Any], programs: WarmPrograms, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    anchor = Anchor(programs, recipe().run_file(**{**KNOBS, "run": {"ticks": 2}}), out)
+
+    def joined() -> int:
+        return len(events(out, "ready")) if (out / "metrics.jsonl").exists() else 0
+
+    async def play() -> list[BaseException | None]:
+        await until((out / ADDRESS_FILE).exists)
+
+        def stage(number: int) -> Coroutine[Any, Any, None]:
+            return hold_stage(StageArguments(number, anchor.address, out=out), signals=False)
+
+        sampler = serve_rollouts(SamplerArguments(anchor.address, out=out), signals=False)
+        members = [asyncio.create_task(work) for work in (stage(0), stage(1), sampler)]
+        await until(lambda: joined() == 3)
+        anchor.kill()
+        anchor.begin_again()
+        await until(lambda: joined() == 6)  # all of them again
+        members.append(asyncio.create_task(stage(2)))
+        async with asyncio.timeout(150):
+            return await asyncio.gather(*members, return_exceptions=True)
+
+    try:
+        assert asyncio.run(play()) == [None] * (STAGES + 1)
+        assert anchor.process.wait(30) == 0 and journal(out) == 2
+    finally:
+        anchor.process.kill()
 
 
 def test_a_sampler_that_hears_of_the_end_after_the_stages_have_left_ends_in_order(

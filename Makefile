@@ -39,9 +39,12 @@ $(STAMP): pyproject.toml constraints.txt
 test: $(SETUP)  ## all tests, offline, two at a time, on one thread a process
 	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10 $(ARGS)
 
-test-faults: $(SETUP)  ## the long forms: 100,000 hostile frames, 2000 bad days of a simulated swarm (10 min)
-	KEDGE_FRAMES=100000 KEDGE_SEEDS=2000 KEDGE_FULL=1 $(OFFLINE) $(BIN)/python -m pytest -q -s \
+# The second command: processes that are new interpreters, where `make test` forks them (warm_programs.py).
+test-faults: $(SETUP)  ## the long forms: 100,000 hostile frames, 2000 bad days of a simulated swarm, 100 kills (XX min)
+	KEDGE_FRAMES=100000 KEDGE_SEEDS=2000 KEDGE_FULL=1 KEDGE_KILLS=100 $(OFFLINE) $(BIN)/python -m pytest -q -s \
 	  -o faulthandler_timeout=3600 tests/faults tests/simulation $(ARGS)
+	KEDGE_COLD=1 $(OFFLINE) $(BIN)/python -m pytest -q tests/integration/test_programs.py \
+	  tests/integration/test_anchor_away.py tests/faults/test_killed_processes.py $(ARGS)
 
 check: $(SETUP)  ## style, types, rooms, README tree, stubs, knob table
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from deploy.wan.link import Hosts, WanError, wan
 
 NOTICED_S = 10.0
 DEAD_S = 4.0  # from then on: what dials anew runs into the same hole
-DELAY_MS = 50.0  # a tick then takes half a second: there are some while nobody has noticed anything yet
+DELAY_MS = 20.0
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_dead_line_between_neighbours_ends_the_epoch_and_nothing_is_lost_once_
     hosts: Hosts, processes: Processes, run_file: Path, calm: Any
 ) -> None:
     swarm, ends = type(calm)(run_file, processes.out), (processes.hosts["stage 1"], processes.hosts["stage 2"])
-    assert processes.until(5)
+    assert processes.until(3)
     hosts.cut(*ends)
     noticed_s = seconds_until(lambda: swarm.events("fence"), processes)
     time.sleep(DEAD_S)

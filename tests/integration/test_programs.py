@@ -199,7 +199,7 @@ def test_who_is_asked_to_end_before_the_start_leaves_in_order(
     early = programs.start(command("swarm_worker", *role, *arguments), output=subprocess.PIPE)
 
     def standing() -> str:
-        return run("anchor_node", "status", "--anchor", anchor).stdout
+        return run("anchor_node", "status", "--anchor", anchor, "--json").stdout
 
     while "waits for the start" not in standing():
         assert early.poll() is None, early.communicate()

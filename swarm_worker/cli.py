@@ -173,7 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     quiet_grpc()
     if arguments.command in ("join", "sample"):
-        # Until it is at work there is no tick to end: SIGTERM is Ctrl-C, which closes streams, and says so.
+        # Until it is at work there is no tick to end: SIGTERM is Ctrl-C, which closes streams, and says so. What a script
+        # starts in its background is born deaf to Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if arguments.command == "local":
         from swarm_worker.local import run_local

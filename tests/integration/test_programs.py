@@ -210,6 +210,22 @@ def test_who_is_asked_to_end_before_the_start_leaves_in_order(
     assert "waits for the start" not in standing()
 
 
+def test_a_worker_in_the_background_of_a_script_can_be_asked_to_end(tmp_path: Path) -> None:
+    """A shell has what it starts so ignore SIGINT, and SIGTERM is taken as one."""
+    join = command("swarm_worker", "join", "--stage", 0, "--anchor", "127.0.0.1:1", "--out", tmp_path)
+    process = subprocess.Popen(
+        ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *join], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not (tmp_path / ".stage-00.lock").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.terminate()
+        assert "interrupted" in process.communicate(timeout=30)[1] and process.returncode == 130
+    finally:
+        process.kill()
+
+
 @pytest.mark.parametrize(("who", "name"), [(2, "stage 1"), (4, "the sampler")])
 def test_a_worker_at_work_that_is_asked_to_end_ends_the_run_after_its_tick(
     programs: WarmPrograms, tmp_path: Path, who: int, name: str

@@ -40,7 +40,7 @@ test: $(SETUP)  ## all tests, offline, two at a time, on one thread a process
 	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10 $(ARGS)
 
 # The second command: processes that are new interpreters, where `make test` forks them (warm_programs.py).
-test-faults: $(SETUP)  ## the long forms: 100,000 hostile frames, 2000 bad days of a simulated swarm, 100 kills (XX min)
+test-faults: $(SETUP)  ## the long forms: 100,000 hostile frames, 2000 bad days of a simulated swarm, 100 kills (20 to 25 min)
 	KEDGE_FRAMES=100000 KEDGE_SEEDS=2000 KEDGE_FULL=1 KEDGE_KILLS=100 $(OFFLINE) $(BIN)/python -m pytest -q -s \
 	  -o faulthandler_timeout=3600 tests/faults tests/simulation $(ARGS)
 	KEDGE_COLD=1 $(OFFLINE) $(BIN)/python -m pytest -q tests/integration/test_programs.py \

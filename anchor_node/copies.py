@@ -42,12 +42,21 @@ class StageCopy:
 
     def __init__(self, out: Path, stage: int, stages: int) -> None:
         self.folder = out / FOLDER / stage_name(stage, stages)
-        self.tick = 0  # ticks that could be rebuilt from it, as far as the stage has said since this process began
         self._out, self._stage = out, stage
         self._names = copied_files(stage, stages)
         self._known: dict[str, tuple[int, int]] = {}  # (bytes, CRC-32) of files that were written to
         self._newest = -1  # tick of the newest log that the stage has, as far as it has said
         self._about = _read_about(self.folder / ABOUT)
+
+    @property
+    def tick(self) -> int:
+        """Ticks that could be rebuilt from it, as far as the stage has said."""
+        return self._about.tick
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """(epoch in which the stage has last done anything, that tick): of two logs of a stage the one that reaches further counts."""
+        return self._about.epoch, self._about.tick
 
     @property
     def start_id(self) -> int:
@@ -90,8 +99,9 @@ class StageCopy:
         if shard and copy.digest:
             return self._finish(path, copy, int(name["shard"]))
         held = self._held(copy.file, path)
-        if copy.tick and held.bytes == copy.offset + len(copy.part):
-            self.tick = copy.tick
+        if copy.tick and held.bytes == copy.offset + len(copy.part) and self.reach != (copy.epoch, copy.tick):
+            self._about.epoch, self._about.tick = copy.epoch, copy.tick
+            self._keep_about(synced=False)
         return held
 
     def listed(self) -> Copies:
@@ -132,12 +142,12 @@ class StageCopy:
     def _begin(self, start_id: int) -> None:
         """What lies here is of an earlier start: nobody goes back to it."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._known, self._about, self.tick = {}, _About(start_id), 0
+        self._known, self._about = {}, _About(start_id)
         self._keep_about()
 
-    def _keep_about(self) -> None:
+    def _keep_about(self, *, synced: bool = True) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace(self.folder / ABOUT, json.dumps(asdict(self._about)).encode())
+        replace(self.folder / ABOUT, json.dumps(asdict(self._about)).encode(), synced=synced)
 
     def _append(self, path: Path, copy: Copy) -> None:
         """Write a part behind the bytes that it follows; leave the file alone where those are not the ones here."""
@@ -202,13 +212,15 @@ class _About:
 
     start_id: int = 0
     digests: dict[str, str] = field(default_factory=dict)  # sha256 of the shards that are whole
+    epoch: int = 0
+    tick: int = 0
 
 
 def _read_about(path: Path) -> _About:
     try:
         found = json.loads(path.read_text())
         digests = {name: digest for name, digest in found["digests"].items() if (path.parent / name).exists()}
-        return _About(int(found["start_id"]), digests)
+        return _About(int(found["start_id"]), digests, int(found["epoch"]), int(found["tick"]))
     except FileNotFoundError:
         return _About()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

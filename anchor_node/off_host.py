@@ -116,9 +116,15 @@ class OffHost:
             self._anchor.settle(COPIES)
 
     async def _list(self, stage: int, box: Outbox, has: Copies) -> None:
-        """To a stage that joins and `has` the log of some start: what it should begin with instead, or nothing."""
-        copy, at_work = self.copies[stage], self._anchor.memory.at_work
-        wanted = copy.start_id == self._anchor.epochs.rounds.start_id != has.start_id if at_work else not has.start_id
+        """To a stage that joins and `has` the log of some start: what it should begin with instead, or nothing.
+
+        Its own may be older than the copy: somebody else has held this stage meanwhile.
+        """
+        copy, wanted = self.copies[stage], not has.start_id
+        if self._anchor.memory.at_work:
+            same = has.start_id == copy.start_id
+            wanted = copy.start_id == self._anchor.epochs.rounds.start_id
+            wanted = wanted and (not same or copy.reach > (has.epoch, has.tick))
         async with self._turns[stage]:
             listed = await asyncio.to_thread(copy.listed) if wanted and copy.start_id else Copies()
         self._anchor.post(box, FrameKind.COPIES, listed)

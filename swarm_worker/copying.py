@@ -151,7 +151,9 @@ class Copier:
         if self._redo.extents.age != extents.age or not extents.files:
             return  # what was read may be of neither age
         message = Copy(wanted.name, offset, before, part, wanted.digest if last else "", extents.start_id)
-        message.tick, message.newest = wanted.tick if last else 0, extents.files[-1].base
+        message.newest = extents.files[-1].base
+        if last and wanted.tick:
+            message.tick, message.epoch = wanted.tick, extents.epoch
         self._answer = asyncio.get_running_loop().create_future()
         self._post(message)
         answer = await self._answer

@@ -16,7 +16,7 @@ import torch
 from swarm_core.errors import UserError
 from swarm_core.models.architecture import fingerprint, read_shape, resolve
 from swarm_core.run_folder import CHECKPOINTS, JOURNAL_FILE, RECORD_FILE, checkpoint_name
-from swarm_core.wire.messages import Decide, Held, Ready, Report, Saved, Start, from_bytes, to_bytes
+from swarm_core.wire.messages import Copies, Decide, Held, Ready, Report, Saved, Start, from_bytes, to_bytes
 from swarm_worker.compute import StageCompute
 from swarm_worker.compute_thread import ComputeThread
 from swarm_worker.device import pick_device
@@ -50,10 +50,13 @@ class Epochs:
         self.rows: list[Report] = []  # of ticks that the anchor may not have in its books
         self.saved: Saved | None = None  # the shard that this epoch begins with
 
-    async def find(self) -> int:
-        """Read the log that lies here; the start of the run that it is of, 0 where there is none."""
+    async def find(self) -> Copies:
+        """Read the log that lies here; which start of the run it is of (0: there is none), and how far it reaches."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self.redo.find)
-        return self.redo.start_id
+        extents = self.redo.extents
+        if not extents.files:
+            return Copies()
+        return Copies(self.redo.start_id, epoch=extents.epoch, tick=extents.files[-1].tick)
 
     async def load(self) -> Ready:
         """The layers of this stage, from the model's files."""

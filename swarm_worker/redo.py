@@ -71,6 +71,7 @@ class _Segment:
     ends: list[int]  # byte behind each of them
     decided: list[Decide | None]  # what led to each of them
     voted: Stamp | None = None  # of a tick behind the last of them
+    epoch: int = 0  # of the newest vote or decision
     bytes: int = 0
 
 
@@ -92,6 +93,7 @@ class Extents:
     age: int = 0
     start_id: int = 0
     files: tuple[Extent, ...] = ()
+    epoch: int = 0  # of the newest vote or decision in them
 
 
 class Redo:
@@ -182,7 +184,8 @@ class Redo:
 
     def _tell(self, *, aged: bool = False) -> None:
         files = (Extent(s.path, s.versions[0][0], s.shard, s.bytes, s.versions[-1][0]) for s in self._segments)
-        self.extents = Extents(self.extents.age + aged, self.start_id, tuple(files))
+        epoch = max((s.epoch for s in self._segments), default=0)
+        self.extents = Extents(self.extents.age + aged, self.start_id, tuple(files), epoch)
         self.on_sync()
 
     def close(self) -> None:
@@ -282,10 +285,12 @@ def _note(segment: _Segment, record: Record, end: int) -> None:
     """What a record that ends at this byte means for what can be reached."""
     if record.kind is Kind.COMPUTE and record.op is Op.TALLY:
         segment.voted = record.stamp
+        segment.epoch = record.stamp.epoch if record.stamp is not None else 0
     elif (version := _leads_to(record)) is not None:
         segment.versions.append(version)
         segment.ends.append(end)
         segment.decided.append(record.decide)
+        segment.epoch = record.stamp.epoch if record.stamp is not None else 0
         segment.voted = None
 
 

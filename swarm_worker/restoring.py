@@ -44,16 +44,16 @@ class Restoring:
         self._log = out / REDO / stage_name(stage, stages)
         self._said_at = time.monotonic()
 
-    async def run(self, start_id: int) -> bool:
-        """Fetch and put in place what the anchor has for a stage that holds the log of `start_id` (0: none).
+    async def run(self, has: Copies) -> bool:
+        """Fetch and put in place what the anchor has for a stage that `has` a log of its own, or none.
 
         False when there is nothing. Survives the death of the anchor. Raises PeerLost when it stays away.
         """
         if self._staging.exists():
-            start_id = 0  # an earlier process got as far as this, and perhaps began to put it in place
+            has = Copies()  # an earlier process got as far as this, and perhaps began to put it in place
         while True:
             try:
-                listed = await self._ask(Copies(start_id), FrameKind.COPIES, Copies)
+                listed = await self._ask(has, FrameKind.COPIES, Copies)
                 if not listed.files:
                     shutil.rmtree(self._staging, ignore_errors=True)
                     return False

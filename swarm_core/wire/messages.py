@@ -388,6 +388,7 @@ class Copy:
     start_id: int = 0
     tick: int = 0
     newest: int = 0
+    epoch: int = 0
 
 
 @dataclass
@@ -403,6 +404,8 @@ class CopyHeld:
 class Copies:
     start_id: int = 0
     files: list[CopyHeld] = field(default_factory=list)
+    epoch: int = 0
+    tick: int = 0
 
 
 @dataclass

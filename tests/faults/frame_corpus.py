@@ -253,7 +253,7 @@ class Corpus:
             self._one("anchor, of stage 2", FrameKind.SLICE, last),
             self._one(to, FrameKind.COPY, m.Copy(COPIED, 0, 0, b"bytes", "", 0, 3, 0)),
             self._one(to, FrameKind.COPY, m.Copy(SHARD, 0, 0, b"bytes", "d1" * 32, 0, 0, 8)),
-            self._one(to, FrameKind.COPIES, m.Copies(7)),
+            self._one(to, FrameKind.COPIES, m.Copies(7, epoch=1, tick=3)),
             self._one(to, FrameKind.COPY_WANTED, m.CopyWanted(COPIED, 3)),
             self._one(to, FrameKind.STOP, m.Stop("asked to", False)),
             self._one(to, FrameKind.FENCE, m.Fence(9, "stage 2 is gone")),

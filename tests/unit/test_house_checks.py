@@ -143,6 +143,7 @@ MODULES = {
     "swarm_core/data/__init__.py": "import swarm_core.learning.stage",
     "swarm_core/errors.py": "",
     "swarm_core/run_folder.py": "",
+    "swarm_core/durable.py": "",
     "swarm_core/exits.py": "import swarm_core.errors",
     "swarm_core/manifest.py": "import swarm_core.config",
     "swarm_core/knobs.py": "import pydantic",

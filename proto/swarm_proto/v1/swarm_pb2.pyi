@@ -268,7 +268,7 @@ class Held(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., start_id: _Optional[int] = ..., ticks: _Optional[_Iterable[int]] = ..., lineages: _Optional[_Iterable[int]] = ..., pending: _Optional[_Iterable[int]] = ..., decided: _Optional[_Union[Decide, _Mapping]] = ...) -> None: ...
 
 class Copy(_message.Message):
-    __slots__ = ("file", "offset", "before", "part", "digest", "start_id", "tick", "newest")
+    __slots__ = ("file", "offset", "before", "part", "digest", "start_id", "tick", "newest", "epoch")
     FILE_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     BEFORE_FIELD_NUMBER: _ClassVar[int]
@@ -277,6 +277,7 @@ class Copy(_message.Message):
     START_ID_FIELD_NUMBER: _ClassVar[int]
     TICK_FIELD_NUMBER: _ClassVar[int]
     NEWEST_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     file: str
     offset: int
     before: int
@@ -285,7 +286,8 @@ class Copy(_message.Message):
     start_id: int
     tick: int
     newest: int
-    def __init__(self, file: _Optional[str] = ..., offset: _Optional[int] = ..., before: _Optional[int] = ..., part: _Optional[bytes] = ..., digest: _Optional[str] = ..., start_id: _Optional[int] = ..., tick: _Optional[int] = ..., newest: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, file: _Optional[str] = ..., offset: _Optional[int] = ..., before: _Optional[int] = ..., part: _Optional[bytes] = ..., digest: _Optional[str] = ..., start_id: _Optional[int] = ..., tick: _Optional[int] = ..., newest: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class CopyHeld(_message.Message):
     __slots__ = ("file", "bytes", "checksum", "whole", "refused")
@@ -302,12 +304,16 @@ class CopyHeld(_message.Message):
     def __init__(self, file: _Optional[str] = ..., bytes: _Optional[int] = ..., checksum: _Optional[int] = ..., whole: _Optional[bool] = ..., refused: _Optional[str] = ...) -> None: ...
 
 class Copies(_message.Message):
-    __slots__ = ("start_id", "files")
+    __slots__ = ("start_id", "files", "epoch", "tick")
     START_ID_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TICK_FIELD_NUMBER: _ClassVar[int]
     start_id: int
     files: _containers.RepeatedCompositeFieldContainer[CopyHeld]
-    def __init__(self, start_id: _Optional[int] = ..., files: _Optional[_Iterable[_Union[CopyHeld, _Mapping]]] = ...) -> None: ...
+    epoch: int
+    tick: int
+    def __init__(self, start_id: _Optional[int] = ..., files: _Optional[_Iterable[_Union[CopyHeld, _Mapping]]] = ..., epoch: _Optional[int] = ..., tick: _Optional[int] = ...) -> None: ...
 
 class CopyWanted(_message.Message):
     __slots__ = ("file", "offset")

@@ -85,7 +85,7 @@ async def fetched(source: Source, out: Path, address: str, start_id: int = 0) ->
     stream, _ = await greet(way, lambda: way.hello, 5.0)
     membership = Membership(stream, SimpleNamespace(stages=STAGES), DIGEST, way)  # type: ignore[arg-type]
     try:
-        return await Restoring(membership, out, STAGE).run(start_id), membership
+        return await Restoring(membership, out, STAGE).run(Copies(start_id)), membership
     finally:
         await membership.anchor.close()
 

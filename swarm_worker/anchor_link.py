@@ -84,7 +84,8 @@ class AnchorLink:
         """Queue a frame (see above for which of them survive an outage)."""
         kind, tick = frame.header.kind, frame.header.tick
         if kind is FrameKind.SAVED:
-            self._saved.append(frame)
+            others = (old for old in self._saved if old.header.tick != tick)
+            self._saved = deque([*others, frame], self._saved.maxlen)
         elif kind is FrameKind.STOP:
             self._stop = frame
         elif kind in NEWEST:

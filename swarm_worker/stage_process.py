@@ -26,6 +26,7 @@ from swarm_core.wire.messages import (
     FrameKind,
     Hello,
     Rollouts,
+    Saved,
     Start,
     Stop,
     Welcome,
@@ -44,6 +45,7 @@ from swarm_worker.vitals import watch_member, watch_stage
 from swarm_worker.worker import StageWorker
 
 log = logging.getLogger(__name__)
+LEAVE_S = 120.0  # for a checkpoint that is being written when a process has to leave
 NEIGHBOUR_WAIT_S = 60.0  # neighbours were told to start together; a minute covers a slow link's handshake
 
 
@@ -88,6 +90,7 @@ class StageProcess:
         self.limits = self.service.server.limits = read_limits(arguments.limit_mbps)
         self.health = Health()
         self._words: asyncio.Queue[Fence | Start | Stop | BaseException] = asyncio.Queue()
+        self._leave_s = LEAVE_S
         self._stalled = ""  # why this stage cannot go on in its epoch
         self._turns = Turns()
         self._stop: Stop | None = None  # asked for after a tick; every stage 0 that leads on is told
@@ -120,6 +123,8 @@ class StageProcess:
             self._turns.start(start.epoch, start.recovery)
             link = AnchorLink(membership, self._standing, membership.manifest.config.checkpoint.keep)
             link.on_return.append(partial(self._anchor_is_back, link))
+            self.epochs.saving.said = partial(self._post_saved, membership, link)
+            self.epochs.saving.failed = self._words.put_nowait
             if self._signals:
                 self._on_signals(link)
             tasks = [asyncio.create_task(link.run()), asyncio.create_task(self._read_anchor(membership, link))]
@@ -132,9 +137,14 @@ class StageProcess:
             elif membership is not None:
                 await tell_failure(membership, f"stage {a.stage}", error)
             raise
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            self._leave_s = 0.0
+            raise
         finally:
             for task in tasks:
                 task.cancel()
+            if membership is not None and hasattr(self, "epochs"):
+                await self.epochs.saving.close(self._leave_s)
             if membership is not None:
                 await membership.anchor.close()
             await self.service.server.stop()
@@ -189,11 +199,8 @@ class StageProcess:
             watch_stage(self.health, worker)
             for report in self.epochs.take_rows():
                 link.post_report(report)
-            if self.epochs.saved is not None:
-                message = Frame(
-                    Header(FrameKind.SAVED, membership.run, tick=work.position.tick), to_bytes(self.epochs.saved)
-                )
-                link.post(message)
+            for saved in self.epochs.saved:
+                self._post_saved(membership, link, saved)
             if below is not None:
                 below.heart.start(worker.pulse, until=worker.over)
             self.service.open(membership.digest, start.epoch)
@@ -205,11 +212,15 @@ class StageProcess:
             await self.service.shut()
 
     async def _answer(self, fence: Fence) -> Frame:
-        """What this stage can go back to. The compute thread has finished what it was at when this returns."""
+        """What this stage can go back to. What was being computed or written is finished when this returns."""
         self._turns.fence(fence.epoch)
+        await self.epochs.saving.idle()  # said of it before this answer, and nothing is said of a future that is left
         held = await asyncio.get_running_loop().run_in_executor(self._thread, self.epochs.held, fence.epoch)
         log.warning("epoch %d: %s; this stage holds %s", fence.epoch, fence.reason, span_of(held))
         return Frame(Header(FrameKind.HELD, epoch=fence.epoch), to_bytes(held))
+
+    def _post_saved(self, membership: Membership, link: AnchorLink, saved: Saved) -> None:
+        link.post(Frame(Header(FrameKind.SAVED, membership.run, tick=saved.tick), to_bytes(saved)))
 
     def _cannot_go_on(self, link: AnchorLink, error: Exception | None = None) -> None:
         """A neighbour is lost: the anchor is to end this epoch. Said again to an anchor that is back."""

@@ -110,7 +110,7 @@ def test_whoever_is_killed_as_soon_as_ticks_flow_nothing_is_lost(run_file: Path,
 
 
 def test_processes_that_die_at_named_points_lose_nothing(run_file: Path, calm: Any, tmp_path: Path) -> None:
-    points = ["1-voting@3", "0-decided@9", "2-applied@12", "1-saved@16"]
+    points = ["1-voting@3", "2-saving@8", "0-decided@9", "2-applied@12", "1-saved@16"]
     swarm = type(calm)(run_file, tmp_path / "run")
     processes = Processes(run_file, swarm.out, 3, ",".join(str(tmp_path / point) for point in points))
     try:

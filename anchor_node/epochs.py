@@ -10,7 +10,6 @@ import logging
 import secrets
 from typing import TYPE_CHECKING
 
-from anchor_node.checkpoints import set_later_aside
 from anchor_node.roster import Member
 from anchor_node.rounds import Line, Phase, Rounds
 from anchor_node.samplers import EVALUATION
@@ -97,7 +96,7 @@ class Epochs:
         reported, anchor.owed = min(anchor.books.ticks(), tick), None
         if lost > 0:
             anchor.books.cut(tick)
-            set_later_aside(anchor.out, tick)
+            anchor.forget_later(tick)
             if anchor.slow.corrector is not None:
                 anchor.slow.corrector.take_up(tick)
         anchor.tick = anchor.memory.tick = tick

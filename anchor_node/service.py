@@ -21,6 +21,7 @@ from anchor_node.samplers import EVALUATION, Samplers
 from anchor_node.slow_loop import SlowLoop
 from anchor_node.standing import Noted, tell
 from swarm_core.manifest import Manifest
+from swarm_core.run_folder import checkpoint_name
 from swarm_core.wire.beats import Pulse
 from swarm_core.wire.errors import BadFrame, PeerLost, Refused, Silent
 from swarm_core.wire.frames import Frame, Header, run_id
@@ -287,7 +288,7 @@ class AnchorService:
         if self.resume is not None:
             self.tick, self._complete = self.resume.tick, {self.resume.name}
             self.books.cut(self.resume.tick)
-            set_later_aside(self.out, self.resume.tick)
+            self.forget_later(self.resume.tick)
         self.slow.begin()
         self.memory.begin(self.digest, self.epochs.rounds.start_id, self.tick, self.books.started)
         for member in self.roster.members.values():
@@ -367,6 +368,12 @@ class AnchorService:
             self._complete.add(saved.checkpoint)
             self.event("checkpoint", f"{made.name}, {sum(s.bytes for s in shards.values()) / 1e6:.1f} MB")
         self.settle(saved.checkpoint)
+
+    def forget_later(self, tick: int) -> None:
+        """The run goes on from this tick, and will come by later ones once more: their checkpoints are of a lost future."""
+        set_later_aside(self.out, tick)
+        self.roster.forget_saved(tick)
+        self._complete = {name for name in self._complete if name <= checkpoint_name(tick)}
 
     def event(self, name: str, message: str, numbers: dict[str, float] | None = None) -> None:
         """An event row, for the books and the screen."""

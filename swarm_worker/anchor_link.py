@@ -93,6 +93,10 @@ class AnchorLink:
         self._queue.append(frame)
         self._due()
 
+    def forget_saved(self, tick: int) -> None:
+        """This member goes on from that tick: of its shards of later ones nothing is said again."""
+        self._saved = deque((old for old in self._saved if old.header.tick <= tick), self._saved.maxlen)
+
     def post_report(self, report: Report) -> None:
         """Queue a report; it takes the ledger's rows with it when its turn comes."""
         if report.type == "ledger":

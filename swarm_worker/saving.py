@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -93,8 +95,11 @@ class Saving:
                 self._task.cancel()
 
 
+NICENESS = 10  # of the writer: where cores are few, a tenth of one while ticks are computed
+
+
 class DaemonThread(Executor):
-    """A thread for each call, which an exit of the process does not wait for: a disk may hang."""
+    """A thread for each call, behind all others, which an exit of the process does not wait for: a disk may hang."""
 
     def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
         """Start it at once."""
@@ -102,6 +107,8 @@ class DaemonThread(Executor):
         future.set_running_or_notify_cancel()
 
         def run() -> None:
+            if sys.platform.startswith("linux"):  # elsewhere this number is no thread's
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
             try:
                 future.set_result(work(*arguments, **named))
             except BaseException as error:  # noqa: BLE001  it is raised where the result is awaited

@@ -199,6 +199,8 @@ class StageProcess:
             watch_stage(self.health, worker)
             for report in self.epochs.take_rows():
                 link.post_report(report)
+            if start.recovery:
+                link.forget_saved(start.tick)
             for saved in self.epochs.saved:
                 self._post_saved(membership, link, saved)
             if below is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from anchor_node.roster import Member
 from anchor_node.rounds import Line, Phase, Rounds
 from anchor_node.samplers import EVALUATION
-from swarm_core.wire.errors import StaleEpoch
+from swarm_core.wire.errors import NothingHeld, StaleEpoch
 from swarm_core.wire.messages import Fence, FrameKind, Held, Start
 from swarm_core.wire.outbox import Outbox
 
@@ -31,11 +31,12 @@ class Epochs:
         self.rounds = Rounds(anchor.manifest.stages, anchor.memory.epoch, anchor.memory.start_id)
         self._line: Line | None = None  # where this epoch begins; None: from the model or a checkpoint
         self._why = ""  # of the newest FENCE
+        self._all_anew = False  # where stages share no version, there is still the newest checkpoint
 
     def begin(self) -> None:
-        """A run begins: its first epoch."""
-        self.rounds, self._line = Rounds(self._anchor.manifest.stages, 1, secrets.randbits(64)), None
-        self._anchor.roster.epoch = 1
+        """A run begins: its first epoch, or the next one where stages have been asked for older ones already."""
+        self.rounds = Rounds(self._anchor.manifest.stages, self.rounds.epoch, secrets.randbits(64))
+        self._line, self._anchor.roster.epoch = None, self.rounds.epoch
         self._anchor.roster.start()
         self.rounds.work()
 
@@ -45,6 +46,11 @@ class Epochs:
             self.rounds.work()
         else:
             self.fence("the anchor is back, and not every stage is where it was")
+
+    def all_anew(self) -> None:
+        """Nobody is left of a run that was at work (a power cut): it goes on from what all logs hold, if they agree on any."""
+        self._all_anew = self._anchor.roster.started = True
+        self.fence("every stage begins anew")
 
     def rejoined(self, member: Member, box: Outbox) -> None:
         """A stage of a run at work is there again: the same process, or one that takes the place of a lost one."""
@@ -82,6 +88,16 @@ class Epochs:
         except StaleEpoch as error:  # said again on a new stream, and of no more use
             log.info("%s", error)
             return
+        except NothingHeld as error:
+            if not self._all_anew:
+                raise
+            self._all_anew = False
+            log.warning("%s", error)
+            self._anchor.event(
+                "from_checkpoint", "the stages' logs share no version: the run goes on from its newest checkpoint"
+            )
+            self._anchor.begin()
+            return
         if line is not None:
             self._start(line)
 
@@ -90,7 +106,7 @@ class Epochs:
 
     def _start(self, line: Line) -> None:
         """Every stage has said what it holds: the next epoch begins at the newest version of all."""
-        anchor = self._anchor
+        anchor, self._all_anew = self._anchor, False
         self._line, (tick, _) = line, line.version
         lost = anchor.tick - tick
         reported, anchor.owed = min(anchor.books.ticks(), tick), None

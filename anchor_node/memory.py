@@ -52,10 +52,10 @@ class Memory:
     def samplers(self) -> list[int]:
         return [int(member) for member, role in self.roles.items() if role == "sampler"]
 
-    def begin(self, digest: str, start_id: int, tick: int, began: float) -> None:
+    def begin(self, digest: str, epoch: int, start_id: int, tick: int, began: float) -> None:
         """A start with members that all come anew: whoever was at work before is not known any more."""
         self.roles, self.booked, self.finished = {}, {}, {}
-        self.digest, self.epoch, self.start_id, self.tick, self.began = digest, 1, start_id, tick, began
+        self.digest, self.epoch, self.start_id, self.tick, self.began = digest, epoch, start_id, tick, began
         self.at_work, self.closing, self.evaluated = True, "", -1
 
     def save(self, out: Path, *, sync: bool = False) -> None:

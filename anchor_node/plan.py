@@ -29,6 +29,7 @@ from swarm_core.models.architecture import read_shape
 from swarm_core.models.reading import load_tokenizer, tensor_shapes
 from swarm_core.wire.corrections import correction_spec
 
+SHARD_BYTES = 12  # a parameter in a checkpoint, fp32: weight, two moments
 STATE_BYTES = 16  # a parameter in fp32: weight, gradient, two moments
 LONGEST_ROWS = 256  # prompts that are tokenized to find the longest; letters and tokens rank nearly alike
 
@@ -53,10 +54,12 @@ def print_plan(config: RunConfig) -> None:
         f"checked: model, tokenizer, {source}; the longest prompt has {longest} tokens, {limit} more may follow; "
         f"device {config.run.device}{here}"
     )
+    largest = 0
     table = Table("stage", "layers", "parameters", "weights + optimizer", "share of FLOPs")
     total = sum(stage_flops(shape, span) for span in manifest.spans)
     for span in manifest.spans:
         parameters = sum(math.prod(dims) for dims in tensor_shapes(shape, span).values())
+        largest = max(largest, parameters)
         table.add_row(
             str(span.stage),
             f"{span.first_layer} to {span.last_layer - 1}",
@@ -86,6 +89,12 @@ def print_plan(config: RunConfig) -> None:
         console.print(
             f"before its first tick a batch crosses once more, down only (score pass): "
             f"{byte_text(forward * g.ticks_per_pass)} at most"
+        )
+    if config.checkpoint.off_host:
+        often = f"every {config.checkpoint.every} ticks" if config.checkpoint.every else "at the end"
+        console.print(
+            f"a stage on a host of its own sends its log to the anchor, at most {byte_text(forward + backward)} a tick and as "
+            f"much less as its links, and its shard, up to {byte_text(largest * SHARD_BYTES)}, {often}"
         )
     for mbps in (50, 100, 500):
         seconds = max(forward, backward) * 8 / mbps / 1e6

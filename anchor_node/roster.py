@@ -70,7 +70,8 @@ class Roster:
             held.away = False  # the same process on a new stream
             held.fit = not hello.stalled and hello.epoch == self.epoch
             return held
-        if held is not None and not held.away:
+        # The same process, on a new stream before it was ready, is not in its own way.
+        if held is not None and not held.away and not 0 < hello.member == held.number:
             holder = self.members[hello.stage].address
             free = [i for i in range(self.stages) if i not in self.members]
             raise StageTaken(

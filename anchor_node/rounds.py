@@ -87,18 +87,26 @@ class Rounds:
         self._held[stage] = held
         if self.missing():
             return None
-        version = common([versions_of(other) for other in self._held.values()])
-        assert version is not None
+        # Of decisions stage 0 tells the newest alone: who has voted on an earlier tick, as the copy of a stage that was
+        # lost may have, goes back to before it.
         lead = self._held[0]
-        decided = lead.decided if (lead.ticks[-1], lead.lineages[-1]) == version else Decide()
+        told = lead.ticks[-1], lead.lineages[-1]
+        version = common([applied(other) | versions_of(other) & {told} for other in self._held.values()])
+        if version is None:
+            del self._held[stage]
+            raise NothingHeld(f"stage {stage} holds {_span(mine)}; the others have not applied those, or not any more")
         self.work()
-        return Line(self.epoch, version, decided)
+        return Line(self.epoch, version, lead.decided if told == version else Decide())
+
+
+def applied(held: Held) -> set[Version]:
+    """What a stage has applied."""
+    return set(zip(held.ticks, held.lineages, strict=True))
 
 
 def versions_of(held: Held) -> set[Version]:
     """Everything a stage can reach: what it has applied, and what the decision of a tick that it voted on leads to."""
-    applied = set(zip(held.ticks, held.lineages, strict=True))
-    return applied | {(held.ticks[-1] + 1, lineage) for lineage in held.pending if held.ticks}
+    return applied(held) | {(held.ticks[-1] + 1, lineage) for lineage in held.pending if held.ticks}
 
 
 def common(held: list[set[Version]]) -> Version | None:

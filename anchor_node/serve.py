@@ -153,6 +153,7 @@ async def _remind(service: AnchorService) -> None:
         await asyncio.sleep(REMIND_S)
         service.samplers.ask()
         service.ask_for_stages()
+        service.off_host.remind()
 
 
 def _announce(file: Path, address: str) -> None:

@@ -15,6 +15,7 @@ from anchor_node.books import NO_END, Books, check_report
 from anchor_node.checkpoints import Checkpoint, CheckpointError, complete, found, set_later_aside
 from anchor_node.epochs import Epochs
 from anchor_node.memory import Memory
+from anchor_node.off_host import COPIES, OffHost
 from anchor_node.probing import Probing
 from anchor_node.roster import Member, Roster
 from anchor_node.samplers import EVALUATION, Samplers
@@ -98,13 +99,14 @@ class AnchorService:
         self.server = Server("Anchor", calls, ledger)
         self.stages: dict[int, Outbox] = {}
         self.slow = SlowLoop(self)
+        self.off_host = OffHost(self)
         self._pulse = Pulse("serving", lambda: (self.roster.epoch, self.tick))
         self._newest = 0  # tick of the newest report of any stage: it moves while the run does
         self.absent = Absences(lambda: self._newest)
         self.samplers = Samplers(self)
         self.ledgered: dict[int, int] = {}  # stage -> the tick up to which its ledger rows have come
         self.owed: set[str] | None = None  # what the run still owes once it has finished: a checkpoint, an evaluation
-        self._complete = {checkpoint.name for checkpoint in found(out)} if memory is not None else set()
+        self.complete = {checkpoint.name for checkpoint in found(out)} if memory is not None else set()
         self._reason = "stopped before it began"
         self._draining = False
         self._failure = ""  # what a stage said of its end, where that was its own fault
@@ -253,8 +255,10 @@ class AnchorService:
                     self.epochs.rejoined(member, box)
                 elif complete and self.roster.taken_over():
                     self._carry_on()
+                elif complete and self.roster.known is not None:
+                    self.epochs.all_anew()
                 elif complete:
-                    self._start()
+                    self.begin()
             case FrameKind.FENCE:
                 fence = from_bytes(Fence, frame.payload)
                 self.epochs.asked(fence)
@@ -270,6 +274,8 @@ class AnchorService:
                 self.book(member.number, box, report)
             case FrameKind.SKETCH | FrameKind.SNAPSHOT | FrameKind.SLICE:
                 self.slow.take(member.stage, frame)
+            case FrameKind.COPY | FrameKind.COPIES | FrameKind.COPY_WANTED:
+                self.off_host.take(member, box, frame)
             case FrameKind.SAVED:
                 self._take_saved(member.stage, from_bytes(Saved, frame.payload))
             case FrameKind.STOP:
@@ -277,20 +283,24 @@ class AnchorService:
             case kind:
                 raise BadFrame(f"stage {member.stage} sent {kind.name}")
 
-    def _start(self) -> None:
+    def begin(self) -> None:
         """A run begins, from the model's files or from a checkpoint."""
         if self.roster.known is not None and self.resume is None:
-            self.fail(CheckpointError("all stages come anew, but there is no complete checkpoint to begin from"))
+            self.fail(
+                CheckpointError(
+                    "all stages come anew, and there is neither a version that all hold nor a complete checkpoint"
+                )
+            )
             return
         self._failure = ""
         self.epochs.begin()
-        self.tick, self._complete = 0, set()
+        self.tick, self.complete = 0, set()
         if self.resume is not None:
-            self.tick, self._complete = self.resume.tick, {self.resume.name}
+            self.tick, self.complete = self.resume.tick, {self.resume.name}
             self.books.cut(self.resume.tick)
             self.forget_later(self.resume.tick)
         self.slow.begin()
-        self.memory.begin(self.digest, self.epochs.rounds.start_id, self.tick, self.books.started)
+        self.memory.begin(self.digest, self.roster.epoch, self.epochs.rounds.start_id, self.tick, self.books.started)
         for member in self.roster.members.values():
             self.memory.enter(member.number, f"stage {member.stage}")
         for stage, box in self.stages.items():
@@ -331,6 +341,7 @@ class AnchorService:
             dense, packet = self.books.link_bytes(report.tick - 1)
             if dense and all(self.ledgered.get(i, -1) >= report.tick - 1 for i in range(self.manifest.stages)):
                 report.numbers |= {"bytes/links_previous_tick": packet, "bytes/share_of_dense": packet / dense}
+            report.numbers |= self.off_host.numbers()
         row = self.books.report(report)
         if report.number:
             self.memory.booked[str(member)] = report.number  # before anything that marks the books
@@ -351,21 +362,24 @@ class AnchorService:
         self._reason = words["message"]
         self.owed = {
             words["checkpoint"]
-        } - self._complete  # where a run ends without another tick, it may be there already
+        } - self.complete  # where a run ends without another tick, it may be there already
         # The sampler's answer has a stream of its own, and may have been faster.
         if words["evaluation"] == "yes" and self.samplers.expected and self.memory.evaluated < int(words["tick"]):
             self.owed.add(EVALUATION)
+        if self.off_host.finished(words["checkpoint"]):
+            self.owed.add(COPIES)
         self.settle()
 
     def _take_saved(self, stage: int, saved: Saved) -> None:
         shards = self.roster.saved(stage, saved)
         if shards is None:
             return
-        if saved.checkpoint not in self._complete:  # what is complete is never written again
+        if saved.checkpoint not in self.complete:  # what is complete is never written again
             bases = self.slow.keeper.current if self.slow.keeper is not None else None
             keep = self.manifest.config.checkpoint.keep
             made = complete(self.out, saved.checkpoint, self.digest, shards, keep, bases)
-            self._complete.add(saved.checkpoint)
+            self.off_host.completed()
+            self.complete.add(saved.checkpoint)
             self.event("checkpoint", f"{made.name}, {sum(s.bytes for s in shards.values()) / 1e6:.1f} MB")
         self.settle(saved.checkpoint)
 
@@ -373,7 +387,7 @@ class AnchorService:
         """The run goes on from this tick, and will come by later ones once more: their checkpoints are of a lost future."""
         set_later_aside(self.out, tick)
         self.roster.forget_saved(tick)
-        self._complete = {name for name in self._complete if name <= checkpoint_name(tick)}
+        self.complete = {name for name in self.complete if name <= checkpoint_name(tick)}
 
     def event(self, name: str, message: str, numbers: dict[str, float] | None = None) -> None:
         """An event row, for the books and the screen."""
@@ -386,7 +400,8 @@ class AnchorService:
     def drain(self, reason: str) -> None:
         """Ask stage 0 to stop after its tick, with a checkpoint. Before the start there is nothing to save."""
         if self.owed is not None:
-            self.settle(EVALUATION)  # the run has finished; only its last evaluation can be left out
+            self.settle(EVALUATION)  # the run has finished; only these two can be left out
+            self.settle(COPIES)
         if self._draining:
             return
         self._draining = True

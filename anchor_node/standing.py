@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from anchor_node.service import AnchorService, Screen
 
 # Events that somebody should do something about; the live table has the same eye for them.
-ERRORS = ("failed", "lost", "silent", "broke", "refused", "no_evaluation")
+ERRORS = ("failed", "lost", "silent", "broke", "refused", "behind", "no_evaluation")
 
 
 class Noted:
@@ -109,6 +109,7 @@ def _stage(anchor: AnchorService, stage: int) -> dict[str, Any]:
         if anchor.roster.started:
             found["state"] = "away" if member.away else "at work"
     found["report_tick"] = anchor.ledgered.get(stage)
+    found["copied_tick"] = anchor.off_host.copies[stage].tick or None
     return found | (_heart(box.stream.heart) if isinstance(box, Outbox) else {})
 
 

@@ -98,14 +98,14 @@ def page(found: dict[str, Any]) -> Group:
         ),
     ]
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for name in ("member", "address", "state", "tick", "reported", "last heard", "awaits"):
+    for name in ("member", "address", "state", "tick", "reported", "copied", "last heard", "awaits"):
         table.add_column(name, no_wrap=name != "awaits", overflow="fold")
     for stage in found["stages"]:
         table.add_row(f"stage {stage['stage']}", *_cells(stage), style=_style(stage))
     for sampler in found["samplers"]:
         table.add_row("sampler", *_cells(sampler), style=_style(sampler))
     if not found["samplers"]:
-        table.add_row("sampler", "", "none", "", "", "", f"start: swarm_worker sample --anchor {found['address']}")
+        table.add_row("sampler", "", "none", "", "", "", "", f"start: swarm_worker sample --anchor {found['address']}")
     facts = [
         ("checkpoint", _told(found["checkpoint"]) or found["resumed_from"] or "none yet", ""),
         (
@@ -138,7 +138,7 @@ def _cells(member: dict[str, Any]) -> list[str]:
     )
     heard = f"{seconds(member['silent_s'])} ago" if "silent_s" in member else ""
     tick, reported = member.get("tick"), member.get("report_tick")
-    shown = ["" if value is None else str(value) for value in (tick, reported)]
+    shown = ["" if value is None else str(value) for value in (tick, reported, member.get("copied_tick"))]
     return [member.get("address") or "", state, *shown, heard, awaits]
 
 

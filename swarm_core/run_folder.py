@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ JOURNAL_FILE = "journal.jsonl"
 RECORD_FILE = "rollouts.jsonl"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_INDEX = "index.json"  # over the shards of a checkpoint, written by the anchor
+REDO = "redo"
 
 
 def make_folder(path: Path, flag: str = "--out") -> Path:
@@ -29,3 +31,32 @@ def make_folder(path: Path, flag: str = "--out") -> Path:
 def checkpoint_name(tick: int) -> str:
     """The folder of the checkpoint after `tick` ticks, below CHECKPOINTS."""
     return f"tick-{tick:08d}"
+
+
+def stage_name(stage: int, stages: int) -> str:
+    """What a stage's own files and folders are called."""
+    return f"stage-{stage:02d}-of-{stages:02d}"
+
+
+def shard_name(stage: int, stages: int) -> str:
+    """A stage's shard, in the folder of a checkpoint."""
+    return f"{stage_name(stage, stages)}.safetensors"
+
+
+def log_name(tick: int) -> str:
+    """A file of a stage's redo log, in REDO/stage_name: it begins with that tick."""
+    return f"tick-{tick:08d}.log"
+
+
+def copied_files(stage: int, stages: int) -> re.Pattern[str]:
+    """The names, below its run folder, of the files that a stage has copied to another host; no other one is one.
+
+    Group `log` or `shard` is the tick, where it is one of those.
+    """
+    name, tick = stage_name(stage, stages), r"tick-(?P<{}>[0-9]{{8,10}})"
+    patterns = [
+        rf"{REDO}/{name}/{tick.format('log')}\.log",
+        rf"{CHECKPOINTS}/{tick.format('shard')}/{name}\.safetensors",
+        *([re.escape(JOURNAL_FILE)] if stage == 0 else []),
+    ]
+    return re.compile("|".join(patterns))

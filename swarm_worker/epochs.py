@@ -46,14 +46,17 @@ class Epochs:
         self._device = pick_device(config.run.device)
         self._compute: StageCompute | None = None
         self._work: ComputeThread | None = None
-        self._redo = Redo(out, stage, self._manifest.stages, membership.digest)
+        self.redo = Redo(out, stage, self._manifest.stages, membership.digest)
         self._worked = False
         self.rows: list[Report] = []  # of ticks that the anchor may not have in its books
         keep = config.checkpoint.keep
-        self.saving = Saving(
-            ShardWriter(out, stage, self._manifest.stages, membership.digest, keep), self._redo, thread
-        )
+        self.saving = Saving(ShardWriter(out, stage, self._manifest.stages, membership.digest, keep), self.redo, thread)
         self.saved: list[Saved] = []  # shards that the anchor may not have heard of
+
+    async def find(self) -> int:
+        """Read the log that lies here; the start of the run that it is of, 0 where there is none."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self.redo.find)
+        return self.redo.start_id
 
     async def load(self) -> Ready:
         """The layers of this stage, from the model's files."""
@@ -62,7 +65,6 @@ class Epochs:
             torch.set_num_threads(config.run.threads)
         loop = asyncio.get_running_loop()
         found = await loop.run_in_executor(self._thread, fingerprint, self._path)
-        await loop.run_in_executor(self._thread, self._redo.find)
         compute = self._compute = await loop.run_in_executor(self._thread, self._fresh)
         if compute.correcting is not None:
             self._membership.expect_corrections(compute.correcting.largest_packet)
@@ -88,7 +90,7 @@ class Epochs:
 
     def held(self, epoch: int) -> Held:
         """The answer to a FENCE. Runs on the compute thread: whatever it was at is done by then."""
-        redo, stages = self._redo, self._manifest.stages
+        redo, stages = self.redo, self._manifest.stages
         redo.sync()
         versions = redo.versions(shard_ticks(self._out, self._stage, stages))
         held = Held(epoch, redo.start_id, [tick for tick, _ in versions], [lineage for _, lineage in versions])
@@ -115,7 +117,7 @@ class Epochs:
         if not self._worked:  # else they are in its reports, which are kept until they are in the books
             self.rows = [row for row in built.rows if row.tick >= start.reported_tick]
         self._worked = True
-        self._work = ComputeThread(compute, self._thread, self.saving, built.position, self._redo)
+        self._work = ComputeThread(compute, self._thread, self.saving, built.position, self.redo)
         for tick, copy in built.copies:
             await self.saving.room(tick)
             self.saving.begin(tick, copy)
@@ -130,31 +132,31 @@ class Epochs:
         if start.checkpoint:
             digest = start.shard_digests.get(self._stage, "")
             shard = self._read_shard(start.checkpoint, digest)
-        built = Rebuilding(compute, shard, start.epoch, self._redo.has_shard).done
+        built = Rebuilding(compute, shard, start.epoch, self.redo.has_shard).done
         if shard is not None:
             tick, file = built.position.tick, shard_name(self._stage, self._manifest.stages)
             self.saved = [Saved(tick, start.checkpoint, file, digest)]
             log.info("continuing at tick %d from %s", tick, start.checkpoint)
-        self._redo.begin(start.start_id, (built.position.tick, built.position.lineage), digest)
+        self.redo.begin(start.start_id, (built.position.tick, built.position.lineage), digest)
         self._take_newest_bases(compute)
         return built
 
     def _recover(self, start: Start) -> Rebuilt:
         """An epoch begins at a version that all stages hold."""
         version, stages = (start.tick, start.lineage), self._manifest.stages
-        base, shard = base_of(self._redo, version, self._out, self._stage, stages)
+        base, shard = base_of(self.redo, version, self._out, self._stage, stages)
         compute = self._compute if self._work is None else None
         self._compute = self._work = None  # a second set of weights and moments may not fit
-        attempt = Rebuilding(compute or self._fresh(), shard, start.epoch, self._redo.has_shard)
-        attempt.replay(self._redo.records(base, version))
-        voted, built = self._redo.voted, attempt.done
+        attempt = Rebuilding(compute or self._fresh(), shard, start.epoch, self.redo.has_shard)
+        attempt.replay(self.redo.records(base, version))
+        voted, built = self.redo.voted, attempt.done
         if (
             self._stage == 0 and start.reported_tick < base
         ):  # the anchor may have been away for longer than a checkpoint
-            built.rows = [from_bytes(Report, r.row) for r in self._redo.records(0, version) if r.row]
-        left = self._redo.cut(version)
+            built.rows = [from_bytes(Report, r.row) for r in self.redo.records(0, version) if r.row]
+        left = self.redo.cut(version)
         if built.position.tick < start.tick and voted is not None:  # it has voted, and hears the decision only now
-            self._redo.append(Record(Kind.DECIDED, stamp=voted, decide=start.decide))
+            self.redo.append(Record(Kind.DECIDED, stamp=voted, decide=start.decide))
             attempt.decided(voted, start.decide)
         if (built.position.tick, built.position.lineage) != version:
             raise ShardError(
@@ -162,14 +164,14 @@ class Epochs:
                 f"{start.tick} of {start.lineage:016x}: its redo log is damaged; start it with an empty --out"
             )
         if built.copies and built.copies[-1][0] == start.tick:
-            self._redo.turn(version)  # where the last process has died before
+            self.redo.turn(version)  # where the last process has died before
         for record in left:
             attempt.keep(record)
         for rollouts in built.rollouts:
-            self._redo.append(Record(Kind.ROLLOUTS, to_bytes(rollouts), microbatch=rollouts.batch))
+            self.redo.append(Record(Kind.ROLLOUTS, to_bytes(rollouts), microbatch=rollouts.batch))
         self._take_newest_bases(built.compute)
-        self._redo.sync()
-        kept = self._redo.bases(version)[: self.saving.shards.keep or None]
+        self.redo.sync()
+        kept = self.redo.bases(version)[: self.saving.shards.keep or None]
         said = [self.saving.shards.said_again(tick, digest) for tick, digest in reversed(kept) if digest]
         self.saved = [saved for saved in said if saved is not None]
         log.info("tick %d is rebuilt from tick %d", start.tick, base)
@@ -180,7 +182,7 @@ class Epochs:
         newest = self._membership.last_bases
         if newest is not None:
             compute.add_bases(newest.version, read_bases(newest, self._manifest, self._stage))
-            self._redo.append(Record(Kind.BASES, to_bytes(newest)))
+            self.redo.append(Record(Kind.BASES, to_bytes(newest)))
 
     def _read_shard(self, checkpoint: str, digest: str) -> Shard:
         path = self._out / CHECKPOINTS / checkpoint / shard_name(self._stage, self._manifest.stages)

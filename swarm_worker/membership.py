@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import logging
 import secrets
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -64,10 +65,15 @@ class Membership:
     digest: str
     way: Way
     last_bases: BasisSet | None = None  # as it came, whole: the next one may be changes of it
+    early: deque[Frame] = field(default_factory=deque)  # came while something else was awaited; read before the stream
 
     @property
     def run(self) -> int:
         return run_id(self.digest)
+
+    async def next(self) -> Frame | None:
+        """The next frame of the anchor, before the start; None at the end of the stream."""
+        return self.early.popleft() if self.early else await self.anchor.receive()
 
     def expect_corrections(self, largest_packet: int) -> None:
         """From now on, and on every stream to come, corrections may be this large."""
@@ -124,6 +130,16 @@ async def join(
     return Membership(anchor, manifest, welcome.manifest_digest, way)
 
 
+async def rejoin(membership: Membership, wait_s: float) -> None:
+    """The anchor was lost before the start: wait for it, or for the next one, and begin a stream anew. Raises as `greet`."""
+    limits = membership.anchor.limits
+    membership.early.clear()
+    membership.anchor, welcome = await greet(membership.way, lambda: membership.way.hello, wait_s)
+    membership.anchor.pace(limits)
+    if welcome.manifest_digest != membership.digest:
+        raise ManifestMismatch(f"the anchor at {membership.way.address} runs another manifest than before")
+
+
 async def await_start(
     membership: Membership,
     take_bases: Callable[[BasisSet], None] | None = None,
@@ -134,7 +150,7 @@ async def await_start(
     A stage that joins a run at work is asked what it holds of it (`answer`).
     """
     membership.way.pulse.phase = "waits for the start"
-    while (frame := await membership.anchor.receive()) is not None:
+    while (frame := await membership.next()) is not None:
         match frame.header.kind:
             case FrameKind.BASIS:
                 bases = membership.take_bases(frame)

@@ -20,7 +20,7 @@ import logging
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,12 +28,12 @@ from typing import Any, BinaryIO
 import msgpack
 from isal.isal_zlib import crc32
 
+from swarm_core.run_folder import REDO, log_name, stage_name
 from swarm_core.wire.messages import Decide, Mode
 from swarm_worker.headers import Position
 from swarm_worker.schedule import Op, Stamp
 
 log = logging.getLogger(__name__)
-FOLDER = "redo"
 FORMAT = 2
 HEAD = struct.Struct("<II")
 Version = tuple[int, int]
@@ -84,17 +84,42 @@ class _Segment:
     shards: dict[int, str] = field(default_factory=dict)  # what records in it say of the shards of files, by tick
 
 
+@dataclass(frozen=True)
+class Extent:
+    """A file of the log, as far as it is on disk."""
+
+    path: Path
+    base: int  # tick of the version it begins with
+    shard: str | None  # as in _Segment
+    bytes: int
+    tick: int  # of the newest version in it
+
+
+@dataclass(frozen=True)
+class Extents:
+    """All files of a log, oldest first. Within one `age` they only grow, or go; of another one nothing need be as it was."""
+
+    age: int = 0
+    start_id: int = 0
+    files: tuple[Extent, ...] = ()
+
+
 class Redo:
-    """The log of one stage below a run folder. The compute thread has it, but for `decide`: one thread at a time."""
+    """The log of one stage below a run folder. The compute thread has it, but for `decide`: one thread at a time.
+
+    `extents` may be read on any thread; `on_sync` is called, on the log's own thread, whenever it is another one.
+    """
 
     def __init__(self, out: Path, stage: int, stages: int, digest: str) -> None:
-        self.folder = out / FOLDER / f"stage-{stage:02d}-of-{stages:02d}"
+        self.folder = out / REDO / stage_name(stage, stages)
         self._digest = digest
         self._file: BinaryIO | None = None
         self._segments: list[_Segment] = []
         self._stock: dict[int, Record] = {}  # rollouts whose batch has not begun: a new file needs them again
         self.start_id = 0
         self._alone = threading.Lock()  # between `decide` and `settle`: nothing else is done while a decision is made
+        self.extents = Extents()
+        self.on_sync: Callable[[], None] = lambda: None
 
     # Writing -----------------------------------------------------------------------------------------------------------
 
@@ -105,7 +130,7 @@ class Redo:
         for path in self.folder.glob("tick-*.log"):
             path.unlink()
         self._segments, self.start_id, self._stock = [], start_id, {}
-        self._open(base, shard)
+        self._open(base, shard, aged=True)
 
     def turn(self, base: Version) -> None:
         """Go on in a new file from this version on. It is a base once `settle` says that its shard is on disk."""
@@ -126,12 +151,13 @@ class Redo:
                 if segment.versions[0][0] == tick and segment.shard is None:
                     segment.shard = shard
                     self._note_shard(tick, shard)
-            self.sync()
             bases = [number for number, segment in enumerate(self._segments) if segment.shard is not None]
             first = bases[-(keep + 1) :][0] if keep else 0
+            self.sync()
             for old in self._segments[:first]:
                 old.path.unlink(missing_ok=True)
             self._segments = self._segments[first:]
+            self._tell()
 
     def decide(self, record: Record) -> None:
         """Stage 0, while nothing is computed: write a decision; it is on disk when this returns."""
@@ -143,8 +169,8 @@ class Redo:
         self._write(Kind.SHARD, {"tick": tick, "shard": shard}, b"")
         self._segments[-1].shards[tick] = shard
 
-    def _open(self, base: Version, shard: str | None) -> None:
-        path = self.folder / f"tick-{base[0]:08d}.log"
+    def _open(self, base: Version, shard: str | None, *, aged: bool = False) -> None:
+        path = self.folder / log_name(base[0])
         self._file = path.open("wb")
         self._segments.append(_Segment(path, shard, [base], [0], [None]))
         about = {"format": FORMAT, "digest": self._digest, "start": self.start_id, "shard": shard}
@@ -152,7 +178,7 @@ class Redo:
         self._segments[-1].ends[0] = self._write(Kind.BASE, about, b"")
         for record in list(self._stock.values()):
             self.append(record)
-        self.sync()
+        self.sync(aged=aged)
         _sync(self.folder)
 
     def append(self, record: Record) -> None:
@@ -183,11 +209,17 @@ class Redo:
         self._segments[-1].bytes += HEAD.size + len(body)
         return self._segments[-1].bytes
 
-    def sync(self) -> None:
+    def sync(self, *, aged: bool = False) -> None:
         """Wait until everything appended is on disk."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
+            self._tell(aged=aged)
+
+    def _tell(self, *, aged: bool = False) -> None:
+        files = (Extent(s.path, s.versions[0][0], s.shard, s.bytes, s.versions[-1][0]) for s in self._segments)
+        self.extents = Extents(self.extents.age + aged, self.start_id, tuple(files))
+        self.on_sync()
 
     def close(self) -> None:
         if self._file is not None:
@@ -218,6 +250,7 @@ class Redo:
             segment.shard = said.get(segment.versions[0][0]) if segment.shard is None else segment.shard
         if self._segments:
             _sync(self.folder)
+        self._tell(aged=True)
 
     def versions(self, shards: set[int]) -> list[Version]:
         """The versions that can be rebuilt, oldest first; `shards` are the ticks of those that are there."""
@@ -289,7 +322,7 @@ class Redo:
         for older in self._segments:  # what said so may have been cut off; the shards are there all the same
             if older.shard:
                 self._note_shard(older.versions[0][0], older.shard)
-        self.sync()
+        self.sync(aged=True)
         _sync(self.folder)  # a file of that future must not come back behind a power cut
         return left
 

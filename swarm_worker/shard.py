@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swarm_core.errors import UserError
-from swarm_core.run_folder import CHECKPOINT_INDEX, CHECKPOINTS, checkpoint_name
+from swarm_core.run_folder import CHECKPOINT_INDEX, CHECKPOINTS, checkpoint_name, shard_name
 from swarm_core.wire.messages import Saved
 from swarm_worker import failpoints
 
@@ -35,10 +35,6 @@ class Shard:
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
-
-
-def shard_name(stage: int, stages: int) -> str:
-    return f"stage-{stage:02d}-of-{stages:02d}.safetensors"
 
 
 def write_shard(path: Path, shard: Shard) -> tuple[str, int]:

@@ -22,6 +22,8 @@ from swarm_core.wire.frames import Frame, Header
 from swarm_core.wire.health import Health
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
+    Copy,
+    CopyHeld,
     Fence,
     FrameKind,
     Hello,
@@ -36,9 +38,11 @@ from swarm_core.wire.messages import (
 from swarm_core.wire.pacing import read_limits
 from swarm_core.wire.streams import Dialled, FrameStream, dial, dialable
 from swarm_worker.anchor_link import AnchorLink, Standing
+from swarm_worker.copying import Copier, keeps_copy
 from swarm_worker.entry import Entry, enter
 from swarm_worker.epochs import Epochs, span_of
 from swarm_worker.membership import Membership, await_start, join, tell_failure
+from swarm_worker.restoring import Restoring
 from swarm_worker.service import StageService
 from swarm_worker.turns import Turns
 from swarm_worker.vitals import watch_member, watch_stage
@@ -93,6 +97,7 @@ class StageProcess:
         self._leave_s = LEAVE_S
         self._stalled = ""  # why this stage cannot go on in its epoch
         self._turns = Turns()
+        self._copier: Copier | None = None
         self._stop: Stop | None = None  # asked for after a tick; every stage 0 that leads on is told
 
     async def run(self) -> None:
@@ -114,6 +119,9 @@ class StageProcess:
             membership.anchor.pace(self.limits)
             watch_member(self.health, membership.way.pulse)
             self.epochs = Epochs(membership, a.stage, a.out, a.model, self._thread)
+            held = await self.epochs.find()
+            if await Restoring(membership, a.out, a.stage).run(held):
+                await self.epochs.find()
             await membership.anchor.send(
                 Frame(Header(FrameKind.READY, membership.run), to_bytes(await self.epochs.load()))
             )
@@ -127,7 +135,9 @@ class StageProcess:
             self.epochs.saving.failed = self._words.put_nowait
             if self._signals:
                 self._on_signals(link)
-            tasks = [asyncio.create_task(link.run()), asyncio.create_task(self._read_anchor(membership, link))]
+            if keeps_copy(membership.manifest.config.checkpoint.off_host, a.out):
+                tasks.append(asyncio.create_task(self._copy(membership, link)))
+            tasks += [asyncio.create_task(link.run()), asyncio.create_task(self._read_anchor(membership, link))]
             for task in tasks:
                 task.add_done_callback(self._task_done)
             log.info("the run is over: %s", await self._work(membership, link, start))
@@ -150,6 +160,17 @@ class StageProcess:
             await self.service.server.stop()
             await self.health.stop()
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _copy(self, membership: Membership, link: AnchorLink) -> None:
+        """Keep a copy of this stage's files with the anchor, for as long as the process lives."""
+
+        def post(copy: Copy) -> None:
+            link.post(Frame(Header(FrameKind.COPY, membership.run, tick=self.epochs.standing()[0]), to_bytes(copy)))
+
+        a = self.arguments
+        self._copier = Copier(post, self.epochs.redo, a.out, a.stage, membership.manifest.stages)
+        link.on_return.append(self._copier.resume)
+        await self._copier.run()
 
     # Epochs ------------------------------------------------------------------------------------------------------------
 
@@ -245,6 +266,9 @@ class StageProcess:
                 case FrameKind.SNAPSHOT_HELD | FrameKind.CORRECTION:
                     if self.worker is not None:
                         await self.worker.slow.take(frame)
+                case FrameKind.COPY_HELD:
+                    if self._copier is not None:
+                        self._copier.held(from_bytes(CopyHeld, frame.payload))
                 case FrameKind.FENCE:
                     self._words.put_nowait(from_bytes(Fence, frame.payload))
                 case FrameKind.START:

@@ -25,6 +25,7 @@ KIND_OF: dict[FrameKind, str] = {
     FrameKind.SNAPSHOT: "snapshot",
     FrameKind.SLICE: "snapshot",
     FrameKind.CORRECTION: "correction",
+    FrameKind.COPY: "state",
     FrameKind.BEAT: BEATS,
     FrameKind.WARM: BEATS,
     FrameKind.TRIAL: "probe",

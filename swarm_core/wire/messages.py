@@ -50,6 +50,10 @@ class FrameKind(enum.IntEnum):
     BOOKED = 26
     FENCE = 27
     HELD = 28
+    COPY = 29
+    COPY_HELD = 30
+    COPIES = 31
+    COPY_WANTED = 32
     BEAT = 40
     STATUS = 41
     TRIAL = 42
@@ -372,6 +376,39 @@ class Correction:
     lineage: int = 0
     packet: bytes = b""
     digest: bytes = b""
+
+
+@dataclass
+class Copy:
+    file: str = ""
+    offset: int = 0
+    before: int = 0
+    part: bytes = b""
+    digest: str = ""
+    start_id: int = 0
+    tick: int = 0
+    newest: int = 0
+
+
+@dataclass
+class CopyHeld:
+    file: str = ""
+    bytes: int = 0
+    checksum: int = 0
+    whole: bool = False
+    refused: str = ""
+
+
+@dataclass
+class Copies:
+    start_id: int = 0
+    files: list[CopyHeld] = field(default_factory=list)
+
+
+@dataclass
+class CopyWanted:
+    file: str = ""
+    offset: int = 0
 
 
 M = TypeVar("M")

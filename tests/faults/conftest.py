@@ -38,18 +38,25 @@ class Died(BaseException):
 class Swarm:
     """A swarm whose stages can be made to die, and come back with what they had on disk."""
 
-    def __init__(self, run_file: Path, out: Path) -> None:
-        self.run_file, self.out = run_file, out
+    def __init__(self, run_file: Path, out: Path, *, apart: bool = False) -> None:
+        """`apart`: every stage has a host of its own, and one that dies is lost with it."""
+        self.run_file, self.out, self.apart = run_file, out, apart
         self.deaths = 0
         self.members: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def run(self, beside: Callable[[Swarm], Awaitable[None]] | None = None, limit_s: float = 120.0) -> str:
+    async def run(
+        self,
+        beside: Callable[[Swarm], Awaitable[None]] | None = None,
+        limit_s: float = 120.0,
+        *,
+        resume: bool = False,
+    ) -> str:
         """To the end of the run; returns its reason."""
         config = load(self.run_file, {})
         (self.out / ADDRESS_FILE).unlink(missing_ok=True)
         anchor = asyncio.create_task(
-            serve(ServeArguments(config, self.run_file, "127.0.0.1:0", self.out, False), signals=False)
+            serve(ServeArguments(config, self.run_file, "127.0.0.1:0", self.out, resume), signals=False)
         )
         disturbing = None
         try:
@@ -80,8 +87,9 @@ class Swarm:
 
     async def _live(self, stage: int) -> None:
         while True:
+            out = self.out.parent / f"{self.out.name}-host-{stage}-{self.deaths}" if self.apart else self.out
             try:
-                return await hold_stage(StageArguments(stage, self.address, out=self.out), signals=False)
+                return await hold_stage(StageArguments(stage, self.address, out=out), signals=False)
             except Died:
                 self.deaths += 1
 
@@ -93,7 +101,8 @@ class Swarm:
     # What is left of it ------------------------------------------------------------------------------------------------
 
     def journal(self) -> list[dict[str, Any]]:
-        path = self.out / "journal.jsonl"
+        folder = self.out / "copies" / "stage-00-of-03" if self.apart else self.out
+        path = folder / "journal.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def rows(self, kind: str) -> list[dict[str, Any]]:

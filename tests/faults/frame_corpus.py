@@ -34,6 +34,7 @@ from swarm_worker.schedule import Stamp
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 VERSION, TICK, LINEAGE, BATCH = 3, 4, 9, 4  # where the run stands in which these frames are sent
 STAGES = 3
+COPIED, SHARD = "redo/stage-01-of-03/tick-00000000.log", "checkpoints/tick-00000008/stage-01-of-03.safetensors"
 BASE = {
     "grpo.prompts_per_batch": "2", "grpo.completions_per_prompt": "4", "swarm.microbatch_size": "4", "run.ticks": "100",
     "anchor.m_cadence": "1", "anchor.snapshot": "exact", "anchor.q_cadence": "5", "links.share_prompts": "true",
@@ -196,6 +197,9 @@ class Corpus:
             self._one(to, FrameKind.STOP, m.Stop("it is over", True)),
             self._one(to, FrameKind.SNAPSHOT_HELD, m.SnapshotHeld(2, 100, False, "")),
             self._one(to, FrameKind.BOOKED, m.Booked(3)),
+            self._one(to, FrameKind.COPY_HELD, m.CopyHeld(COPIED, 100, 7, False, "")),
+            self._one(to, FrameKind.COPIES, m.Copies(7, [m.CopyHeld(COPIED, 100, 7), m.CopyHeld(COPIED, 9, 8)])),
+            self._one(to, FrameKind.COPY, m.Copy(COPIED, 0, part=b"bytes")),
             self._one(to, FrameKind.FENCE, m.Fence(2, "stage 1 is gone")),
             self._one(to, FrameKind.BEAT, m.Beat(10.0, 9.0, 0.5, "at work", "the vote of stage 2", 3.0)),
         ]
@@ -247,6 +251,10 @@ class Corpus:
             self._one(to, FrameKind.SNAPSHOT, m.Snapshot(6, 5, LINEAGE, 5, len(moved), 0, moved, digest_of(moved))),
             self._one("anchor, of stage 0", FrameKind.SLICE, first),
             self._one("anchor, of stage 2", FrameKind.SLICE, last),
+            self._one(to, FrameKind.COPY, m.Copy(COPIED, 0, 0, b"bytes", "", 0, 3, 0)),
+            self._one(to, FrameKind.COPY, m.Copy(SHARD, 0, 0, b"bytes", "d1" * 32, 0, 0, 8)),
+            self._one(to, FrameKind.COPIES, m.Copies(7)),
+            self._one(to, FrameKind.COPY_WANTED, m.CopyWanted(COPIED, 3)),
             self._one(to, FrameKind.STOP, m.Stop("asked to", False)),
             self._one(to, FrameKind.FENCE, m.Fence(9, "stage 2 is gone")),
             self._one(to, FrameKind.HELD, m.Held(9, 7, [3, 4], [5, 6], [7, 8], m.Decide(m.Outcome.COMMIT, 0.5))),

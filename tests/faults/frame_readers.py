@@ -65,6 +65,7 @@ from swarm_worker.journal import Journal
 from swarm_worker.lead import Lead
 from swarm_worker.link_ends import LinkEnd
 from swarm_worker.membership import ANCHOR_LIMITS, CORRECTION_BESIDE, Membership, await_start, read_bases
+from swarm_worker.restoring import check_listed
 from swarm_worker.sampler.weights import read_weights
 from swarm_worker.schedule import (
     ActivationCame,
@@ -367,6 +368,12 @@ def from_anchor(chunks: list[bytes]) -> None:
                 shipper.held(from_bytes(m.SnapshotHeld, frame.payload))
             case FrameKind.BOOKED:
                 from_bytes(m.Booked, frame.payload)
+            case FrameKind.COPY_HELD:
+                from_bytes(m.CopyHeld, frame.payload)
+            case FrameKind.COPIES:
+                check_listed(from_bytes(m.Copies, frame.payload), 1, STAGES)
+            case FrameKind.COPY:
+                from_bytes(m.Copy, frame.payload)
             case FrameKind.FENCE:
                 from_bytes(m.Fence, frame.payload)
             case FrameKind.BEAT:
@@ -454,9 +461,12 @@ class _AnchorReader:
                 raise BadFrame(f"a sampler sent {frame.header.kind.name}")
             service.samplers._take(9, box, service.read_report(frame))
             return
-        service._from_stage(service.roster.members[stage], box, frame)
-        while service.slow._taking:
-            await asyncio.wait(set(service.slow._taking))
+        member = service.roster.members[stage]
+        member.at_work = frame.header.kind is FrameKind.COPY
+        service._from_stage(member, box, frame)
+        while tasks := service.slow._taking | service.off_host._tasks:
+            await asyncio.wait(set(tasks))
+        assert "event copy_failed" not in service.screen.at
 
     def greet(self, chunks: list[bytes]) -> None:
         of = manifest("uniform")

@@ -109,6 +109,23 @@ def test_whoever_is_killed_as_soon_as_ticks_flow_nothing_is_lost(run_file: Path,
         runs += 1
 
 
+def test_everybody_is_killed_at_once_and_goes_on_where_the_logs_end(run_file: Path, calm: Any, tmp_path: Path) -> None:
+    """As by a power cut: the newest checkpoint is of tick 8, and no tick is lost."""
+    swarm = type(calm)(run_file, tmp_path / "run")
+    processes = Processes(run_file, swarm.out, 3)
+    try:
+        assert processes.until(12)
+        for name in processes.running:
+            processes.kill(name)
+        processes.see_to_it()
+        processes.end()
+    finally:
+        processes.stop()
+    assert len(swarm.events("fence")) == 1
+    assert [row["lost_ticks"] for row in swarm.rows("event") if "lost_ticks" in row] == [0]
+    swarm.check_equal(calm)
+
+
 def test_processes_that_die_at_named_points_lose_nothing(run_file: Path, calm: Any, tmp_path: Path) -> None:
     points = ["1-voting@3", "2-saving@8", "0-decided@9", "2-applied@12", "1-saved@16"]
     swarm = type(calm)(run_file, tmp_path / "run")

@@ -238,7 +238,7 @@ class ShakenSwarm:
         sizes = {path: path.stat().st_size for path in folder.glob("*.log")}
         epochs = getattr(shell, "epochs", None)
         if epochs is not None:
-            epochs._redo.close()  # what was not yet handed to the kernel dies with the process
+            epochs.redo.close()  # what was not yet handed to the kernel dies with the process
         for path, size in sizes.items():
             os.truncate(path, size)
         if power:
@@ -404,7 +404,7 @@ class ShakenSwarm:
             logging.disable(level)
             for _, shell in self.stages.values():
                 if hasattr(shell, "epochs"):
-                    shell.epochs._redo.close()
+                    shell.epochs.redo.close()
             self._end_tasks()
             self.loop.close()
         return self.judge.trouble

@@ -38,6 +38,10 @@ class FrameKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BOOKED: _ClassVar[FrameKind]
     FENCE: _ClassVar[FrameKind]
     HELD: _ClassVar[FrameKind]
+    COPY: _ClassVar[FrameKind]
+    COPY_HELD: _ClassVar[FrameKind]
+    COPIES: _ClassVar[FrameKind]
+    COPY_WANTED: _ClassVar[FrameKind]
     BEAT: _ClassVar[FrameKind]
     STATUS: _ClassVar[FrameKind]
     TRIAL: _ClassVar[FrameKind]
@@ -87,6 +91,10 @@ CORRECTION: FrameKind
 BOOKED: FrameKind
 FENCE: FrameKind
 HELD: FrameKind
+COPY: FrameKind
+COPY_HELD: FrameKind
+COPIES: FrameKind
+COPY_WANTED: FrameKind
 BEAT: FrameKind
 STATUS: FrameKind
 TRIAL: FrameKind
@@ -258,6 +266,56 @@ class Held(_message.Message):
     pending: _containers.RepeatedScalarFieldContainer[int]
     decided: Decide
     def __init__(self, epoch: _Optional[int] = ..., start_id: _Optional[int] = ..., ticks: _Optional[_Iterable[int]] = ..., lineages: _Optional[_Iterable[int]] = ..., pending: _Optional[_Iterable[int]] = ..., decided: _Optional[_Union[Decide, _Mapping]] = ...) -> None: ...
+
+class Copy(_message.Message):
+    __slots__ = ("file", "offset", "before", "part", "digest", "start_id", "tick", "newest")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    START_ID_FIELD_NUMBER: _ClassVar[int]
+    TICK_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_FIELD_NUMBER: _ClassVar[int]
+    file: str
+    offset: int
+    before: int
+    part: bytes
+    digest: str
+    start_id: int
+    tick: int
+    newest: int
+    def __init__(self, file: _Optional[str] = ..., offset: _Optional[int] = ..., before: _Optional[int] = ..., part: _Optional[bytes] = ..., digest: _Optional[str] = ..., start_id: _Optional[int] = ..., tick: _Optional[int] = ..., newest: _Optional[int] = ...) -> None: ...
+
+class CopyHeld(_message.Message):
+    __slots__ = ("file", "bytes", "checksum", "whole", "refused")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    file: str
+    bytes: int
+    checksum: int
+    whole: bool
+    refused: str
+    def __init__(self, file: _Optional[str] = ..., bytes: _Optional[int] = ..., checksum: _Optional[int] = ..., whole: _Optional[bool] = ..., refused: _Optional[str] = ...) -> None: ...
+
+class Copies(_message.Message):
+    __slots__ = ("start_id", "files")
+    START_ID_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    start_id: int
+    files: _containers.RepeatedCompositeFieldContainer[CopyHeld]
+    def __init__(self, start_id: _Optional[int] = ..., files: _Optional[_Iterable[_Union[CopyHeld, _Mapping]]] = ...) -> None: ...
+
+class CopyWanted(_message.Message):
+    __slots__ = ("file", "offset")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    file: str
+    offset: int
+    def __init__(self, file: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Stop(_message.Message):
     __slots__ = ("reason", "now")

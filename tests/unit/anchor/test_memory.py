@@ -25,7 +25,7 @@ def report(tick: int) -> Report:
 def at_work(out: Path, booked: int) -> Books:
     """The books of a run at work with so many booked reports of member 7."""
     memory = Memory()
-    memory.begin(DIGEST, 1, 0, 1000.0)
+    memory.begin(DIGEST, 1, 1, 0, 1000.0)
     memory.enter(7, "stage 0")
     books = Books(out, memory)
     for tick in range(booked):
@@ -91,7 +91,7 @@ def test_only_a_run_that_was_left_at_work_is_recalled(tmp_path: Path) -> None:
 def test_a_new_start_knows_nobody_of_the_last_one(tmp_path: Path) -> None:
     memory = Memory(closing="stopped", evaluated=9, finished={"message": "done"})
     memory.enter(7, "stage 0")
-    memory.begin(DIGEST, 1, 20, 5.0)
+    memory.begin(DIGEST, 1, 1, 20, 5.0)
     assert (memory.roles, memory.booked, memory.closing, memory.finished, memory.evaluated) == ({}, {}, "", {}, -1)
     memory.enter(8, "sampler")
     memory.booked["8"] = 4

@@ -97,18 +97,34 @@ def test_who_is_gone_says_anew_what_it_holds() -> None:
     assert rounds.missing() == [0, 1]
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20), st.booleans()), min_size=1, max_size=5), st.randoms())
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20), st.booleans()), min_size=1, max_size=5))
 def test_no_version_is_newer_than_what_all_can_reach_and_none_that_all_hold_is_left_out(
-    spans: list[tuple[int, int, bool]], random: object
+    spans: list[tuple[int, int, bool]],
 ) -> None:
-    rounds = fenced(len(spans))
-    sets, line = [], None
-    for stage, (first, more, pending) in enumerate(spans):
-        mine = set(range(first, first + more + 1 + pending))
-        if sets and not set.intersection(mine, *sets):
+    """What a vote leads to can be reached where stage 0 tells the decision, and it tells its newest alone."""
+    rounds, line, told = fenced(len(spans)), None, spans[0][0] + spans[0][1]
+    reach: list[set[int]] = []  # of each stage, if any decision were told
+    strictly: list[set[int]] = []
+    for stage, (first, more, voted) in enumerate(spans):
+        voted = voted and stage > 0  # stage 0 decides
+        applied = set(range(first, first + more + 1))
+        reach.append(applied | ({first + more + 1} if voted else set()))
+        strictly.append(applied | reach[-1] & {told})
+        said = held(first, first + more, pending=voted)
+        said.decided = Decide(Outcome.SKIP)
+        wanted = set.intersection(*(strictly if stage == len(spans) - 1 else reach))
+        if not wanted:
             with pytest.raises(NothingHeld):
-                rounds.take(stage, held(first, first + more, pending=pending))
+                rounds.take(stage, said)
             return
-        sets.append(mine)
-        line = rounds.take(stage, held(first, first + more, pending=pending))
-    assert line is not None and line.version[0] == max(set.intersection(*sets))
+        line = rounds.take(stage, said)
+    assert line is not None and line.version[0] == max(wanted)
+    assert line.decide.outcome == (Outcome.SKIP if line.version[0] == told else Outcome.HOLD)
+
+
+def test_who_has_voted_on_an_older_tick_goes_back_to_before_it() -> None:
+    """Its copy is behind: nobody tells it any more how that tick was decided."""
+    rounds = fenced(2)
+    rounds.take(0, held(0, 9))
+    line = rounds.take(1, held(0, 4, pending=True))
+    assert line is not None and line.version == (4, 4) and line.decide == Decide()

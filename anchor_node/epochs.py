@@ -91,7 +91,7 @@ class Epochs:
         except NothingHeld as error:
             if not self._all_anew:
                 raise
-            self._all_anew = False
+            self._all_anew = self._anchor.roster.started = False
             log.warning("%s", error)
             self._anchor.event(
                 "from_checkpoint", "the stages' logs share no version: the run goes on from its newest checkpoint"

@@ -16,7 +16,7 @@ import torch
 from swarm_core.errors import UserError
 from swarm_core.models.architecture import fingerprint, read_shape, resolve
 from swarm_core.run_folder import CHECKPOINTS, JOURNAL_FILE, RECORD_FILE
-from swarm_core.wire.messages import Decide, Held, Ready, Report, Saved, Start, from_bytes, to_bytes
+from swarm_core.wire.messages import Check, Checked, Decide, Held, Ready, Report, Saved, Start, from_bytes, to_bytes
 from swarm_worker.compute import StageCompute
 from swarm_worker.compute_thread import ComputeThread
 from swarm_worker.device import pick_device
@@ -27,7 +27,7 @@ from swarm_worker.recovery import Rebuilding, Rebuilt, base_of, shard_ticks, und
 from swarm_worker.redo import Kind, Record, Redo
 from swarm_worker.sampler.replay import ReplayWriter, cut_record
 from swarm_worker.saving import Saving
-from swarm_worker.shard import Shard, ShardError, ShardWriter, read_shard, shard_name
+from swarm_worker.shard import Shard, ShardError, ShardWriter, check_shard, read_shard, shard_name
 from swarm_worker.stage_zero import StageZero
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,16 @@ class Epochs:
         else:
             held.pending = undecided(redo.voted)
         return held
+
+    async def check(self, check: Check) -> Checked:
+        """Whether this stage's shard of a checkpoint is whole. To read a large one takes a while: on the compute thread."""
+        path = self._out / CHECKPOINTS / Path(check.checkpoint).name / shard_name(self._stage, self._manifest.stages)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, check_shard, path, check.digest)
+        except ShardError as error:
+            log.warning("%s", error)
+            return Checked(check.checkpoint, str(error))
+        return Checked(check.checkpoint)
 
     def take_rows(self) -> list[Report]:
         """Rows that are to be reported, once, however many epochs were cut off before."""

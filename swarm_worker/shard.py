@@ -105,21 +105,29 @@ class ShardWriter:
                     (self._folder / name).rmdir()
 
 
-def read_shard(path: Path, digest: str = "") -> Shard:
-    """Read a shard back; `digest` (when given) must match. Raises ShardError."""
+def check_shard(path: Path, digest: str) -> None:
+    """Whether a shard is there and whole, as far as its sha256 tells. Raises ShardError."""
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest and found != digest:
-            raise ShardError(f"{path}: sha256 is {found[:12]}..., the index says {digest[:12]}...: the file is damaged")
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {})["kedge"])
-            names = list(file.keys())
-            return Shard({name: file.get_tensor(name) for name in names}, meta)
     except FileNotFoundError:
         raise ShardError(
             f"{path}: no such shard; this stage's shard must lie below the worker's --out folder to resume"
         ) from None
+    except OSError as error:
+        raise ShardError(f"{path}: not a readable shard ({error})") from None
+    if digest and found != digest:
+        raise ShardError(f"{path}: sha256 is {found[:12]}..., the index says {digest[:12]}...: the file is damaged")
+
+
+def read_shard(path: Path, digest: str = "") -> Shard:
+    """Read a shard back; `digest` (when given) must match. Raises ShardError."""
+    check_shard(path, digest)
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {})["kedge"])
+            names = list(file.keys())
+            return Shard({name: file.get_tensor(name) for name in names}, meta)
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise ShardError(f"{path}: not a readable shard ({error})") from None
 

@@ -125,7 +125,7 @@ class StageProcess:
             await membership.anchor.send(
                 Frame(Header(FrameKind.READY, membership.run), to_bytes(await self.epochs.load()))
             )
-            start = await await_start(membership, answer=self._answer)
+            start = await await_start(membership, answer=self._answer, check=self.epochs.check)
             if start is None:
                 return
             self._turns.start(start.epoch, start.recovery)

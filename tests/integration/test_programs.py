@@ -270,9 +270,9 @@ def test_local_makes_a_whole_run_folder_and_resumes(tmp_path: Path) -> None:
         local(out, "--ticks", 6, "--resume-from", "tick-00000004"),
         env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    assert torn.returncode == 2 and "stage-1 ended with exit code 2" in torn.stderr
+    assert torn.returncode == 2 and "anchor ended with exit code 2" in torn.stderr
     (last,) = [line for line in torn.stderr.splitlines() if line.startswith("anchor_node serve: ")]
-    assert "stage 1: " in last and "no such shard" in last, "the anchor relays why"
+    assert "stage 1: " in last and "no such shard" in last and "put a whole copy there" in last
 
 
 def start_local(out: Path) -> subprocess.Popen[str]:

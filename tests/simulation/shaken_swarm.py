@@ -281,7 +281,7 @@ class ShakenSwarm:
     async def _anchor(self, process: Process) -> None:
         memory = recall(self.out, self.manifest.digest())
         kept = found(self.out)
-        service = AnchorService(self.manifest, _Screen(), self.out, kept[-1] if kept else None, Ledger(), memory)
+        service = AnchorService(self.manifest, _Screen(), self.out, kept[::-1], Ledger(), memory)
         self.anchor = process, service
         process.at_death.append(lambda: service.over.cancel())
         await service.server.start(ANCHOR)

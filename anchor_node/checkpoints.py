@@ -120,6 +120,13 @@ def resumable(out: Path, manifest: Manifest, name: str = "") -> Checkpoint:
     return chosen
 
 
+def candidates(out: Path, manifest: Manifest, name: str = "") -> list[Checkpoint]:
+    """The checkpoints that a run may go on from, newest first; the named one alone, where one is. Raises as `resumable`."""
+    chosen = resumable(out, manifest, name)
+    older = [c for c in found(out) if c.tick < chosen.tick and c.manifest_digest == chosen.manifest_digest]
+    return [chosen, *([] if name else reversed(older))]
+
+
 def changed_knobs(out: Path, checkpoint: Checkpoint, manifest: Manifest) -> list[str]:
     """`section.knob old -> new` for whatever makes the two digests differ; [] when the old manifest is not at hand."""
     try:

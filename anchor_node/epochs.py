@@ -10,11 +10,9 @@ import logging
 import secrets
 from typing import TYPE_CHECKING
 
-from anchor_node.checkpoints import set_later_aside
 from anchor_node.roster import Member
 from anchor_node.rounds import Line, Phase, Rounds
 from anchor_node.samplers import EVALUATION
-from swarm_core.run_folder import checkpoint_name
 from swarm_core.wire.errors import NothingHeld, StaleEpoch
 from swarm_core.wire.messages import Fence, FrameKind, Held, Start
 from swarm_core.wire.outbox import Outbox
@@ -93,7 +91,7 @@ class Epochs:
         except NothingHeld as error:
             if not self._all_anew:
                 raise
-            self._all_anew = False
+            self._all_anew = self._anchor.roster.started = False
             log.warning("%s", error)
             self._anchor.event(
                 "from_checkpoint", "the stages' logs share no version: the run goes on from its newest checkpoint"
@@ -114,10 +112,7 @@ class Epochs:
         reported, anchor.owed = min(anchor.books.ticks(), tick), None
         if lost > 0:
             anchor.books.cut(tick)
-            set_later_aside(anchor.out, tick)
-            anchor.complete = {
-                name for name in anchor.complete if name <= checkpoint_name(tick)
-            }  # later ones are made anew
+            anchor.forget_later(tick)
             if anchor.slow.corrector is not None:
                 anchor.slow.corrector.take_up(tick)
         anchor.tick = anchor.memory.tick = tick

@@ -153,6 +153,10 @@ class Roster:
         del self._saved[saved.checkpoint]
         return shards
 
+    def forget_saved(self, tick: int) -> None:
+        """Shards of later ticks are of a future that the run has left."""
+        self._saved = {name: shards for name, shards in self._saved.items() if name <= checkpoint_name(tick)}
+
 
 def _check_address(address: str) -> None:
     """What others will dial, and people read in logs. Raises BadFrame."""

@@ -20,7 +20,7 @@ import torch
 from anchor_node.admission import Admission, secure
 from anchor_node.books import Books
 from anchor_node.calibrator import BasisKeeper, calibration_samples, directions, first_bases
-from anchor_node.checkpoints import Checkpoint, CheckpointError, found, load_bases, resumable
+from anchor_node.checkpoints import Checkpoint, CheckpointError, candidates, found, load_bases
 from anchor_node.corrector import Corrector
 from anchor_node.live import LiveTable
 from anchor_node.memory import Memory, kept_bases, recall
@@ -77,12 +77,13 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
     config, out = arguments.config, arguments.out
     manifest, model_path = prepare(config)
     memory = recall(out, manifest.digest()) if arguments.resume and not arguments.resume_from else None
-    resume = _checkpoint(arguments, manifest, memory)
+    older = _candidates(arguments, manifest, memory)
+    resume = older[0] if older else None
     rows = load_rows(config.data.train)  # a row without an answer is refused before anything starts
     if config.data.validation is not None:
         load_rows(config.data.validation)
     screen = _table(config, manifest, memory.tick if memory else resume.tick if resume else 0)
-    service = AnchorService(manifest, screen, out, resume, Ledger(), memory)
+    service = AnchorService(manifest, screen, out, older, Ledger(), memory)
     # The socket before anything of the run is written: a port in use must not leave a trace in the folder.
     renewals = secure(service.server, arguments.listen, out, arguments.admission)
     address = await service.server.start(arguments.listen)
@@ -123,6 +124,7 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
                 if memory is not None:
                     slow.keeper_at_start, keeper = keeper, _keeper(manifest, _broadcast(out))
                 slow.use(keeper)
+                service.resuming.use = lambda checkpoint: slow.use_at_start(_keeper(manifest, load_bases(checkpoint)))
             service.open()
             _announce(out / ADDRESS_FILE, service.address)
             log.info("anchor of run %s (manifest %s) listening on %s", config.run.name, manifest.digest()[:12], address)
@@ -199,11 +201,11 @@ def _broadcast(out: Path) -> BasisSet:
         raise CheckpointError(f"{out}: the bases of the run at work cannot be read ({error})") from None
 
 
-def _checkpoint(arguments: ServeArguments, manifest: Manifest, memory: Memory | None) -> Checkpoint | None:
-    """Where a run goes on whose members come anew. A run at work needs none. Raises CheckpointError."""
+def _candidates(arguments: ServeArguments, manifest: Manifest, memory: Memory | None) -> list[Checkpoint]:
+    """Where a run may go on whose members come anew, newest first. A run at work needs none. Raises CheckpointError."""
     if not (arguments.resume or arguments.resume_from) or memory is not None and not found(arguments.out):
-        return None
-    return resumable(arguments.out, manifest, arguments.resume_from)
+        return []
+    return candidates(arguments.out, manifest, arguments.resume_from)
 
 
 def corrector_of(service: AnchorService, model_path: Path, fires: FireSchedule) -> Corrector:

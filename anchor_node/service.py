@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,17 +17,20 @@ from anchor_node.epochs import Epochs
 from anchor_node.memory import Memory
 from anchor_node.off_host import COPIES, OffHost
 from anchor_node.probing import Probing
+from anchor_node.resuming import Resuming
 from anchor_node.roster import Member, Roster
 from anchor_node.samplers import EVALUATION, Samplers
 from anchor_node.slow_loop import SlowLoop
 from anchor_node.standing import Noted, tell
 from swarm_core.manifest import Manifest
+from swarm_core.run_folder import checkpoint_name
 from swarm_core.wire.beats import Pulse
 from swarm_core.wire.errors import BadFrame, PeerLost, Refused, Silent
 from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
     Booked,
+    Checked,
     Fence,
     FrameKind,
     Held,
@@ -72,11 +75,11 @@ class AnchorService:
         manifest: Manifest,
         screen: Screen,
         out: Path,
-        resume: Checkpoint | None,
+        resume: Sequence[Checkpoint],
         ledger: Ledger,
         memory: Memory | None = None,
     ) -> None:
-        """`memory`: the run that an anchor before this one has left at work. Its members may come back, or all anew."""
+        """`resume`: the checkpoints that the run may go on from, newest first; none: it begins from the model. `memory`: the run that an anchor before this one has left at work. Its members may come back, or all anew."""
         self.manifest = manifest
         self.digest = manifest.digest()
         known = {int(member) for member in memory.booked} if memory is not None else None
@@ -84,9 +87,10 @@ class AnchorService:
         self.roster = Roster(manifest.stages, self.digest, manifest.model_fingerprint, known)
         self.roster.epoch = self.memory.epoch
         self.epochs = Epochs(self)
-        self.screen, self.out, self.resume, self.ledger = Noted(screen), out, resume, ledger
+        self.screen, self.out, self.ledger = Noted(screen), out, ledger
+        self.resuming = Resuming(self, resume)
         self.address = "HOST:PORT"  # where a sampler on this machine dials in
-        self.tick = max(resume.tick if resume else 0, self.memory.tick)
+        self.tick = max(self.resume.tick if self.resume else 0, self.memory.tick)
         self._open = asyncio.Event()
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         calls = {
@@ -114,6 +118,11 @@ class AnchorService:
     @property
     def _run(self) -> int:
         return run_id(self.digest)
+
+    @property
+    def resume(self) -> Checkpoint | None:
+        """Where the run goes on when its members come anew, as far as is known."""
+        return self.resuming.checkpoint
 
     @property
     def opened(self) -> bool:
@@ -179,6 +188,7 @@ class AnchorService:
         """A stage's stream has ended. At work it may have broken only, unless somebody has said that he fails."""
         if self.over.done() or not self.roster.started or not (self.owed is None or self.owed - {EVALUATION}):
             self.roster.leave(member)
+            self.resuming.gone(member.stage)
             return
         member.away = True
         self.epochs.rounds.gone(member.stage)
@@ -258,6 +268,8 @@ class AnchorService:
                     self.epochs.all_anew()
                 elif complete:
                     self.begin()
+            case FrameKind.CHECKED:
+                self.resuming.take(member.stage, from_bytes(Checked, frame.payload))
             case FrameKind.FENCE:
                 fence = from_bytes(Fence, frame.payload)
                 self.epochs.asked(fence)
@@ -291,13 +303,16 @@ class AnchorService:
                 )
             )
             return
+        if not self.resuming.settled():
+            return  # the stages are asked what they hold, and this is called again
         self._failure = ""
         self.epochs.begin()
         self.tick, self.complete = 0, set()
         if self.resume is not None:
             self.tick, self.complete = self.resume.tick, {self.resume.name}
             self.books.cut(self.resume.tick)
-            set_later_aside(self.out, self.resume.tick)
+            self.forget_later(self.resume.tick)
+            self.resuming.tell()
         self.slow.begin()
         self.memory.begin(self.digest, self.roster.epoch, self.epochs.rounds.start_id, self.tick, self.books.started)
         for member in self.roster.members.values():
@@ -381,6 +396,12 @@ class AnchorService:
             self.complete.add(saved.checkpoint)
             self.event("checkpoint", f"{made.name}, {sum(s.bytes for s in shards.values()) / 1e6:.1f} MB")
         self.settle(saved.checkpoint)
+
+    def forget_later(self, tick: int) -> None:
+        """The run goes on from this tick, and will come by later ones once more: their checkpoints are of a lost future."""
+        set_later_aside(self.out, tick)
+        self.roster.forget_saved(tick)
+        self.complete = {name for name in self.complete if name <= checkpoint_name(tick)}
 
     def event(self, name: str, message: str, numbers: dict[str, float] | None = None) -> None:
         """An event row, for the books and the screen."""

@@ -52,6 +52,13 @@ class SlowLoop:
             fit = (links.fit, links.fit_ridge, links.outliers)
             self.corrector.refresh = ReplayBases(keeper, cadence, *fit) if cadence else None
 
+    def use_at_start(self, keeper: BasisKeeper) -> None:
+        """The run will go on from another checkpoint than was thought."""
+        if self._anchor.memory.at_work:
+            self.keeper_at_start = keeper
+        else:
+            self.use(keeper)
+
     def begin(self) -> None:
         """The run starts at the anchor's tick, with members that all come anew."""
         if self._anchor.memory.at_work:

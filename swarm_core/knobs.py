@@ -401,7 +401,7 @@ class SamplerSection(Section):
 class CheckpointSection(Section):
     """When the swarm saves itself."""
 
-    every: int = knob(0, "ticks between checkpoints; 0 = at the end and on stop", unit="ticks", ge=0)
+    every: int = knob(100, "ticks between checkpoints; 0 = at the end and on stop", unit="ticks", ge=0)
     keep: int = knob(2, "newest checkpoints that are kept", unit="checkpoints", ge=1)
     off_host: bool = knob(
         True,

@@ -84,13 +84,18 @@ class AnchorLink:
         """Queue a frame (see above for which of them survive an outage)."""
         kind, tick = frame.header.kind, frame.header.tick
         if kind is FrameKind.SAVED:
-            self._saved.append(frame)
+            others = (old for old in self._saved if old.header.tick != tick)
+            self._saved = deque([*others, frame], self._saved.maxlen)
         elif kind is FrameKind.STOP:
             self._stop = frame
         elif kind in NEWEST:
             self._drop(lambda old: old.header.kind is kind and old.header.tick < tick)
         self._queue.append(frame)
         self._due()
+
+    def forget_saved(self, tick: int) -> None:
+        """This member goes on from that tick: of its shards of later ones nothing is said again."""
+        self._saved = deque((old for old in self._saved if old.header.tick <= tick), self._saved.maxlen)
 
     def post_report(self, report: Report) -> None:
         """Queue a report; it takes the ledger's rows with it when its turn comes."""

@@ -1,7 +1,7 @@
 """The compute thread of a stage: takes a command of the schedule, finds its payload, does it on the one thread, times it.
 
-What arrives for it is handed over, never written into its state from outside; what a decision entails (step, publish, save)
-is one piece of work. Everything that is done here is written to the redo log first to last, and is on disk before the
+What arrives for it is handed over, never written into its state from outside; what a decision entails (step, publish, copy
+for a checkpoint) is one piece of work. Everything that is done here is written to the redo log first to last, and is on disk before the
 tally that a vote is made of is handed out. No stream and no frame is touched here.
 """
 
@@ -17,14 +17,15 @@ from typing import Any
 
 from codec.errors import CodecError, ReferenceMismatch
 from swarm_core.wire.errors import BadFrame
-from swarm_core.wire.messages import Decide, FrameKind, Mode, Outcome, Saved
+from swarm_core.wire.messages import Decide, FrameKind, Mode, Outcome
 from swarm_worker import failpoints
 from swarm_worker.compute import SketchOut, StageCompute
 from swarm_worker.correcting import Capture
 from swarm_worker.headers import Position, RoundKey
 from swarm_worker.redo import Kind, Record, Redo
+from swarm_worker.saving import Saving
 from swarm_worker.schedule import Compute, Lost, Op, Stamp
-from swarm_worker.shard import ShardWriter
+from swarm_worker.shard import Shard, snapshot
 from swarm_worker.vitals import Toil
 
 Payload = memoryview | bytes | bytearray
@@ -42,7 +43,7 @@ class Applied:
 
     position: Position
     sketches: list[SketchOut]
-    saved: Saved | None
+    snapshot: Shard | None = None  # of what a checkpoint is to hold
     capture: Capture | None = None
 
 
@@ -50,15 +51,15 @@ class ComputeThread:
     """One thread around one StageCompute. Its methods are called from the event loop; `position` is the newest applied."""
 
     def __init__(
-        self, compute: StageCompute, executor: ThreadPoolExecutor, shards: ShardWriter, position: Position, redo: Redo
+        self, compute: StageCompute, executor: ThreadPoolExecutor, saving: Saving, position: Position, redo: Redo
     ) -> None:
         self.compute = compute
         self.redo = redo
         self.position = position
+        self.saving = saving
         self.busy_s = 0.0
         self.toil = Toil()
         self._executor = executor
-        self._shards = shards
         self._deliveries: deque[tuple[Callable[[], None], Record]] = deque()
         self._payloads: dict[tuple[RoundKey, int, FrameKind], Payload] = {}
 
@@ -78,11 +79,15 @@ class ComputeThread:
         """
         loop = asyncio.get_running_loop()
         saves = command.decide is not None and command.decide.checkpoint
-        with self.toil.over("apply and save" if saves else command.op.value):
+        if saves:
+            await self.saving.room(self.position.after(command.stamp, command.decide).tick)
+        with self.toil.over("apply and copy" if saves else command.op.value):
             result, busy_s = await loop.run_in_executor(self._executor, self._timed, command, stage_zero)
         self.busy_s += busy_s
         if isinstance(result, Applied):
             self.position = result.position
+            if result.snapshot is not None:
+                self.saving.begin(result.position.tick, result.snapshot)
         return result
 
     def _timed(self, command: Compute, stage_zero: dict[str, Any] | None) -> tuple[Any, float]:
@@ -126,19 +131,20 @@ class ComputeThread:
         self._may_die("applied", stamp.tick)
         if decide.publish:
             self.compute.publish(position.tick)
-        saved = self.save(position, stage_zero) if decide.checkpoint else None
-        return Applied(position, sketches, saved, self.compute.take_capture())
-
-    def save(self, position: Position, stage_zero: dict[str, Any] | None) -> Saved:
-        """The shard of this position, from which the redo log goes on."""
-        meta = {"tick": position.tick, "lineage": position.lineage, "stage_zero": stage_zero}
-        saved = self._shards.write(position.tick, lambda: self.compute.to_shard(meta))
-        self._may_die("saved", position.tick)
-        self.redo.turn((position.tick, position.lineage), saved.digest, self._shards.keep)
-        return saved
+        shard = None
+        if decide.checkpoint and not self.redo.has_shard((position.tick, position.lineage)):
+            shard = copy_of(self.compute, position, stage_zero)
+            self.redo.turn((position.tick, position.lineage))
+        return Applied(position, sketches, shard, self.compute.take_capture())
 
     def _may_die(self, point: str, tick: int) -> None:
         failpoints.hit(point, self.compute.span.stage, tick)
+
+
+def copy_of(compute: StageCompute, position: Position, stage_zero: dict[str, Any] | None) -> Shard:
+    """What a checkpoint of this position holds. `stage_zero`: what it keeps of stage 0's lead."""
+    meta = {"tick": position.tick, "lineage": position.lineage, "stage_zero": stage_zero}
+    return snapshot(compute.to_shard(meta))
 
 
 def carry_out(compute: StageCompute, op: Op, stamp: Stamp, microbatch: int, packet: Payload | None) -> Any:

@@ -15,8 +15,20 @@ import torch
 
 from swarm_core.errors import UserError
 from swarm_core.models.architecture import fingerprint, read_shape, resolve
-from swarm_core.run_folder import CHECKPOINTS, JOURNAL_FILE, RECORD_FILE, checkpoint_name
-from swarm_core.wire.messages import Copies, Decide, Held, Ready, Report, Saved, Start, from_bytes, to_bytes
+from swarm_core.run_folder import CHECKPOINTS, JOURNAL_FILE, RECORD_FILE
+from swarm_core.wire.messages import (
+    Check,
+    Checked,
+    Copies,
+    Decide,
+    Held,
+    Ready,
+    Report,
+    Saved,
+    Start,
+    from_bytes,
+    to_bytes,
+)
 from swarm_worker.compute import StageCompute
 from swarm_worker.compute_thread import ComputeThread
 from swarm_worker.device import pick_device
@@ -26,7 +38,8 @@ from swarm_worker.membership import Membership, read_bases
 from swarm_worker.recovery import Rebuilding, Rebuilt, base_of, shard_ticks, undecided
 from swarm_worker.redo import Kind, Record, Redo
 from swarm_worker.sampler.replay import ReplayWriter, cut_record
-from swarm_worker.shard import Shard, ShardError, ShardWriter, read_shard, shard_name
+from swarm_worker.saving import Saving
+from swarm_worker.shard import Shard, ShardError, ShardWriter, check_shard, read_shard, shard_name
 from swarm_worker.stage_zero import StageZero
 
 log = logging.getLogger(__name__)
@@ -48,7 +61,9 @@ class Epochs:
         self.redo = Redo(out, stage, self._manifest.stages, membership.digest)
         self._worked = False
         self.rows: list[Report] = []  # of ticks that the anchor may not have in its books
-        self.saved: Saved | None = None  # the shard that this epoch begins with
+        keep = config.checkpoint.keep
+        self.saving = Saving(ShardWriter(out, stage, self._manifest.stages, membership.digest, keep), self.redo, thread)
+        self.saved: list[Saved] = []  # shards that the anchor may not have heard of
 
     async def find(self) -> Copies:
         """Read the log that lies here; which start of the run it is of (0: there is none), and how far it reaches."""
@@ -100,6 +115,16 @@ class Epochs:
             held.pending = undecided(redo.voted)
         return held
 
+    async def check(self, check: Check) -> Checked:
+        """Whether this stage's shard of a checkpoint is whole. To read a large one takes a while: on the compute thread."""
+        path = self._out / CHECKPOINTS / Path(check.checkpoint).name / shard_name(self._stage, self._manifest.stages)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, check_shard, path, check.digest)
+        except ShardError as error:
+            log.warning("%s", error)
+            return Checked(check.checkpoint, str(error))
+        return Checked(check.checkpoint)
+
     def take_rows(self) -> list[Report]:
         """Rows that are to be reported, once, however many epochs were cut off before."""
         rows, self.rows = self.rows, []
@@ -109,6 +134,7 @@ class Epochs:
 
     async def set_up(self, start: Start) -> tuple[ComputeThread, StageZero | None]:
         """Bring everything to where the anchor wants it. Raises ShardError, UserError."""
+        await self.saving.idle()
         on_thread = self._recover if start.recovery else self._begin
         built = await asyncio.get_running_loop().run_in_executor(self._thread, on_thread, start)
         compute = self._compute = built.compute
@@ -116,29 +142,25 @@ class Epochs:
         if not self._worked:  # else they are in its reports, which are kept until they are in the books
             self.rows = [row for row in built.rows if row.tick >= start.reported_tick]
         self._worked = True
-        keep = self._manifest.config.checkpoint.keep
-        shards = ShardWriter(self._out, self._stage, self._manifest.stages, self._membership.digest, self.saved, keep)
-        self._work = ComputeThread(compute, self._thread, shards, built.position, self.redo)
-        if start.recovery and self.saved is None and built.decide is not None and built.decide.checkpoint:
-            state = built.zero
-            self.saved = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._work.save, built.position, state
-            )
+        self._work = ComputeThread(compute, self._thread, self.saving, built.position, self.redo)
+        for tick, copy in built.copies:
+            await self.saving.room(tick)
+            self.saving.begin(tick, copy)
         zero = self._stage_zero(start, built) if self._stage == 0 else None
         log.info("epoch %d begins at tick %d", start.epoch, built.position.tick)
         return self._work, zero
 
     def _begin(self, start: Start) -> Rebuilt:
         """A run begins, from the model's files or from a checkpoint."""
-        compute, self.saved = self._compute or self._fresh(), None
+        compute, self.saved = self._compute or self._fresh(), []
         shard, digest = None, ""
         if start.checkpoint:
             digest = start.shard_digests.get(self._stage, "")
             shard = self._read_shard(start.checkpoint, digest)
-        built = Rebuilding(compute, shard, start.epoch).done
+        built = Rebuilding(compute, shard, start.epoch, self.redo.has_shard).done
         if shard is not None:
             tick, file = built.position.tick, shard_name(self._stage, self._manifest.stages)
-            self.saved = Saved(tick, start.checkpoint, file, digest)
+            self.saved = [Saved(tick, start.checkpoint, file, digest)]
             log.info("continuing at tick %d from %s", tick, start.checkpoint)
         self.redo.begin(start.start_id, (built.position.tick, built.position.lineage), digest)
         self._take_newest_bases(compute)
@@ -150,7 +172,7 @@ class Epochs:
         base, shard = base_of(self.redo, version, self._out, self._stage, stages)
         compute = self._compute if self._work is None else None
         self._compute = self._work = None  # a second set of weights and moments may not fit
-        attempt = Rebuilding(compute or self._fresh(), shard, start.epoch)
+        attempt = Rebuilding(compute or self._fresh(), shard, start.epoch, self.redo.has_shard)
         attempt.replay(self.redo.records(base, version))
         voted, built = self.redo.voted, attempt.done
         if (
@@ -166,17 +188,17 @@ class Epochs:
                 f"stage {self._stage} reached tick {built.position.tick} of history {built.position.lineage:016x}, wanted tick "
                 f"{start.tick} of {start.lineage:016x}: its redo log is damaged; start it with an empty --out"
             )
+        if built.copies and built.copies[-1][0] == start.tick:
+            self.redo.turn(version)  # where the last process has died before
         for record in left:
             attempt.keep(record)
         for rollouts in built.rollouts:
             self.redo.append(Record(Kind.ROLLOUTS, to_bytes(rollouts), microbatch=rollouts.batch))
         self._take_newest_bases(built.compute)
         self.redo.sync()
-        nearest, digest = self.redo.bases(version)[0]
-        file = shard_name(self._stage, stages)
-        self.saved = (
-            Saved(nearest, checkpoint_name(nearest), file, digest) if digest and nearest == start.tick else None
-        )
+        kept = self.redo.bases(version)[: self.saving.shards.keep or None]
+        said = [self.saving.shards.said_again(tick, digest) for tick, digest in reversed(kept) if digest]
+        self.saved = [saved for saved in said if saved is not None]
         log.info("tick %d is rebuilt from tick %d", start.tick, base)
         return built
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 VARIABLE = "KEDGE_FAILPOINT"
-POINTS = ("forward", "tallied", "voting", "decided", "applying", "applied", "saved")
+POINTS = ("forward", "tallied", "voting", "decided", "applying", "applied", "saving", "saved")
 
 
 def _by_environment(name: str, stage: int, tick: int) -> None:

@@ -23,6 +23,8 @@ from swarm_core.wire.frames import Frame, Header, run_id
 from swarm_core.wire.ledger import Ledger
 from swarm_core.wire.messages import (
     BasisSet,
+    Check,
+    Checked,
     Fence,
     FrameKind,
     Hello,
@@ -161,6 +163,7 @@ async def await_word(
     wait_s: float,
     take_bases: Callable[[BasisSet], None] | None = None,
     answer: Callable[[Fence], Awaitable[Frame]] | None = None,
+    check: Callable[[Check], Awaitable[Checked]] | None = None,
 ) -> Start | None:
     """Say READY and `await_start`. An anchor that is lost meanwhile is waited for as if it had not been there yet.
 
@@ -169,7 +172,7 @@ async def await_word(
     for _ in range(LOST_AT_MOST):
         try:
             await membership.anchor.send(ready)
-            return await await_start(membership, take_bases, answer)
+            return await await_start(membership, take_bases, answer, check)
         except PeerLost as error:
             log.warning("%s; waiting for it, as nothing has begun", error)
             await membership.anchor.close()
@@ -182,10 +185,12 @@ async def await_start(
     membership: Membership,
     take_bases: Callable[[BasisSet], None] | None = None,
     answer: Callable[[Fence], Awaitable[Frame]] | None = None,
+    check: Callable[[Check], Awaitable[Checked]] | None = None,
 ) -> Start | None:
     """Wait until the anchor starts the run, taking the bases that come first; None when it ends before it began.
 
-    A stage that joins a run at work is asked what it holds of it (`answer`).
+    A stage that joins a run at work is asked what it holds of it (`answer`), one of a run that goes on from a checkpoint
+    whether its shard is whole (`check`).
     """
     membership.way.pulse.phase = "waits for the start"
     while (frame := await membership.next()) is not None:
@@ -196,6 +201,9 @@ async def await_start(
                     take_bases(bases)
             case FrameKind.FENCE if answer is not None:
                 await membership.anchor.send(await answer(from_bytes(Fence, frame.payload)))
+            case FrameKind.CHECK if check is not None:
+                checked = await check(from_bytes(Check, frame.payload))
+                await membership.anchor.send(Frame(Header(FrameKind.CHECKED, membership.run), to_bytes(checked)))
             case FrameKind.CORRECTION | FrameKind.SNAPSHOT_HELD:
                 pass  # meant for whoever held this stage; corrections are said again after START
             case FrameKind.START:

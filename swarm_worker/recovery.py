@@ -6,7 +6,7 @@ What comes out is bit for bit what the stage held after that decision, whoever d
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from swarm_core.wire.messages import (
 )
 from swarm_core.wire.rollouts import read_batch, read_rollouts
 from swarm_worker.compute import StageCompute
-from swarm_worker.compute_thread import carry_out
+from swarm_worker.compute_thread import carry_out, copy_of
 from swarm_worker.headers import Position
 from swarm_worker.membership import read_bases
 from swarm_worker.redo import Kind, Record, Redo, Version
@@ -45,13 +45,17 @@ class Rebuilt:
     zero: dict[str, Any] | None = None  # stage 0: the lead's state and the reward metrics of open batches
     rows: list[Report] = field(default_factory=list)  # stage 0: of the ticks that were done again
     rollouts: list[Rollouts] = field(default_factory=list)  # stage 0: delivered, and not yet trained on
+    copies: list[tuple[int, Shard]] = field(default_factory=list)  # of checkpoints that were decided and not written
 
 
 class Rebuilding:
     """One attempt, from a fresh StageCompute. Runs on the compute thread."""
 
-    def __init__(self, compute: StageCompute, shard: Shard | None, epoch: int) -> None:
-        self._compute = compute
+    def __init__(
+        self, compute: StageCompute, shard: Shard | None, epoch: int, has_shard: Callable[[Version], bool]
+    ) -> None:
+        """`has_shard` says of a version whether it is in a shard: what the last process did not come to write is due."""
+        self._compute, self._has_shard = compute, has_shard
         self._stock: dict[int, Rollouts] = {}
         self.done = Rebuilt(compute, Position(epoch=epoch))
         if shard is not None:
@@ -86,17 +90,19 @@ class Rebuilding:
                 carry_out(compute, record.op, record.stamp, record.microbatch, record.payload or None)
             case Kind.DECIDED:
                 assert record.stamp is not None and record.decide is not None
-                self.decided(record.stamp, record.decide)
                 if record.zero is not None:
                     self.done.zero = record.zero
                     self.done.rows.append(from_bytes(Report, record.row))
+                self.decided(record.stamp, record.decide)
 
     def decided(self, stamp: Stamp, decide: Decide) -> None:
         """A decision, applied as the first time; nothing of it goes out again."""
         self._compute.apply(stamp, decide)
         self._compute.take_capture()
-        self.done.position = self.done.position.after(stamp, decide)
+        self.done.position = position = self.done.position.after(stamp, decide)
         self.done.decide = decide
+        if decide.checkpoint and not self._has_shard((position.tick, position.lineage)):
+            self.done.copies.append((position.tick, copy_of(self._compute, position, self.done.zero)))
 
     def keep(self, record: Record) -> None:
         """Rollouts that were delivered: trained on when their batch begins."""

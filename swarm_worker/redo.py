@@ -8,6 +8,9 @@ every tick. The log is on disk before a stage votes; so a process that was kille
 
 A file is a row of records: length, CRC-32, msgpack. The first one names the run's start and the version it begins with.
 A torn tail is cut off: nothing that was voted on is in it.
+
+A new file begins as soon as a checkpoint is decided, and its shard is written while ticks go on. Until a later record says
+that it is on disk, the file only continues the one before it, which stays: what is rebuilt is rebuilt from further back.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import enum
 import logging
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +34,7 @@ from swarm_worker.headers import Position
 from swarm_worker.schedule import Op, Stamp
 
 log = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = 2
 HEAD = struct.Struct("<II")
 Version = tuple[int, int]
 
@@ -45,6 +49,7 @@ class Kind(enum.IntEnum):
     COMPUTE = 4  # a command of the schedule, with the packet it is about
     DECIDED = 5
     ROLLOUTS = 6  # stage 0: what a sampler delivered
+    SHARD = 7  # the version that a file begins with is on disk
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,9 @@ class Record:
     stamp: Stamp | None = None
     microbatch: int = 0  # of a BATCH on stage 0, and of ROLLOUTS: the number of the batch
     decide: Decide | None = None
-    zero: dict[str, Any] | None = None  # stage 0, with a decision: what it is to lead on with
+    zero: dict[str, Any] | None = (
+        None  # stage 0, with a decision: what it is to lead on with. BASE and SHARD: what they say
+    )
     row: bytes = b""  # stage 0, with a decision: the Report of that tick
 
 
@@ -66,13 +73,16 @@ class _Segment:
     """One file: the version it begins with, and those that its decisions lead to."""
 
     path: Path
-    shard: str  # sha256 of the shard that holds the version it begins with; empty: the run's own beginning
+    shard: (
+        str | None
+    )  # sha256 of the shard with the version it begins with; empty: the run's own beginning; None: not there
     versions: list[Version]
     ends: list[int]  # byte behind each of them
     decided: list[Decide | None]  # what led to each of them
     voted: Stamp | None = None  # of a tick behind the last of them
     epoch: int = 0  # of the newest vote or decision
     bytes: int = 0
+    shards: dict[int, str] = field(default_factory=dict)  # what records in it say of the shards of files, by tick
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class Extent:
 
     path: Path
     base: int  # tick of the version it begins with
-    shard: str  # as in _Segment
+    shard: str | None  # as in _Segment
     bytes: int
     tick: int  # of the newest version in it
 
@@ -97,7 +107,7 @@ class Extents:
 
 
 class Redo:
-    """The log of one stage below a run folder. Appending and syncing happen on one thread at a time.
+    """The log of one stage below a run folder. The compute thread has it, but for `decide`: one thread at a time.
 
     `extents` may be read on any thread; `on_sync` is called, on the log's own thread, whenever it is another one.
     """
@@ -109,6 +119,7 @@ class Redo:
         self._segments: list[_Segment] = []
         self._stock: dict[int, Record] = {}  # rollouts whose batch has not begun: a new file needs them again
         self.start_id = 0
+        self._alone = threading.Lock()  # between `decide` and `settle`: nothing else is done while a decision is made
         self.extents = Extents()
         self.on_sync: Callable[[], None] = lambda: None
 
@@ -123,19 +134,44 @@ class Redo:
         self._segments, self.start_id, self._stock = [], start_id, {}
         self._open(base, shard, aged=True)
 
-    def turn(self, base: Version, shard: str, keep: int) -> None:
-        """This version is in a shard now: go on in a new file. The files of the newest `keep` shards before it stay."""
+    def turn(self, base: Version) -> None:
+        """Go on in a new file from this version on. It is a base once `settle` says that its shard is on disk."""
         if self._segments[-1].versions == [base]:
             return
         self.sync()
         self.close()
-        self._open(base, shard)
-        for old in self._segments[: -(keep + 1)] if keep else []:
-            old.path.unlink(missing_ok=True)
-        self._segments = self._segments[-(keep + 1) :] if keep else self._segments
-        self._tell()
+        self._open(base, None)
 
-    def _open(self, base: Version, shard: str, *, aged: bool = False) -> None:
+    def settle(self, tick: int, shard: str, keep: int) -> None:
+        """The shard of the version that a file begins with is on disk: from now on what follows is rebuilt from it.
+
+        It is on disk when this returns, and nobody may be told of the shard before: he might remove an older one. The
+        files of the newest `keep` bases before the newest one stay (0: all).
+        """
+        with self._alone:
+            for segment in self._segments:
+                if segment.versions[0][0] == tick and segment.shard is None:
+                    segment.shard = shard
+                    self._note_shard(tick, shard)
+            bases = [number for number, segment in enumerate(self._segments) if segment.shard is not None]
+            first = bases[-(keep + 1) :][0] if keep else 0
+            self.sync()
+            for old in self._segments[:first]:
+                old.path.unlink(missing_ok=True)
+            self._segments = self._segments[first:]
+            self._tell()
+
+    def decide(self, record: Record) -> None:
+        """Stage 0, while nothing is computed: write a decision; it is on disk when this returns."""
+        with self._alone:
+            self.append(record)
+            self.sync()
+
+    def _note_shard(self, tick: int, shard: str) -> None:
+        self._write(Kind.SHARD, {"tick": tick, "shard": shard}, b"")
+        self._segments[-1].shards[tick] = shard
+
+    def _open(self, base: Version, shard: str | None, *, aged: bool = False) -> None:
         path = self.folder / log_name(base[0])
         self._file = path.open("wb")
         self._segments.append(_Segment(path, shard, [base], [0], [None]))
@@ -212,6 +248,9 @@ class Redo:
             self.start_id = about["start"]
             self._segments.append(segment)
             _sync(path)
+        said = {tick: shard for segment in self._segments for tick, shard in segment.shards.items()}
+        for segment in self._segments:
+            segment.shard = said.get(segment.versions[0][0]) if segment.shard is None else segment.shard
         if self._segments:
             _sync(self.folder)
         self._tell(aged=True)
@@ -221,13 +260,19 @@ class Redo:
         found: dict[int, Version] = {}
         for segment in self._segments:
             base = segment.versions[0]
-            if not segment.shard or base[0] in shards or base == found.get(base[0]):
+            whole = segment.shard == "" or segment.shard is not None and base[0] in shards
+            if whole or base == found.get(base[0]):
                 found |= dict(zip([v[0] for v in segment.versions], segment.versions, strict=True))
         return [found[tick] for tick in sorted(found)]
 
     def bases(self, version: Version) -> list[tuple[int, str]]:
         """(tick, sha256 of the shard or empty) of what `version` can be rebuilt from, the nearest first."""
-        return [(s.versions[0][0], s.shard) for s in reversed(self._segments) if s.versions[0][0] <= version[0]]
+        past = [segment for segment in self._segments if segment.versions[0][0] <= version[0]]
+        return [(segment.versions[0][0], segment.shard) for segment in reversed(past) if segment.shard is not None]
+
+    def has_shard(self, version: Version) -> bool:
+        """Whether this version is known to be in a shard."""
+        return any(segment.versions[0] == version and segment.shard for segment in self._segments)
 
     @property
     def voted(self) -> Stamp | None:
@@ -249,7 +294,7 @@ class Redo:
             if segment.versions[0] == version:
                 return
             for _, record in _read(segment.path) if segment.versions[0][0] >= base else ():
-                if record.kind is not Kind.BASE:
+                if record.kind not in (Kind.BASE, Kind.SHARD):
                     yield record
                 if _leads_to(record) == version:
                     return
@@ -276,6 +321,10 @@ class Redo:
         self._file = segment.path.open("r+b")
         self._file.truncate(segment.bytes)
         self._file.seek(segment.bytes)
+        segment.shards = {}
+        for older in self._segments:  # what said so may have been cut off; the shards are there all the same
+            if older.shard:
+                self._note_shard(older.versions[0][0], older.shard)
         self.sync(aged=True)
         _sync(self.folder)  # a file of that future must not come back behind a power cut
         return left
@@ -286,6 +335,8 @@ def _note(segment: _Segment, record: Record, end: int) -> None:
     if record.kind is Kind.COMPUTE and record.op is Op.TALLY:
         segment.voted = record.stamp
         segment.epoch = record.stamp.epoch if record.stamp is not None else 0
+    elif record.kind is Kind.SHARD and record.zero is not None:
+        segment.shards[record.zero["tick"]] = record.zero["shard"]
     elif (version := _leads_to(record)) is not None:
         segment.versions.append(version)
         segment.ends.append(end)
@@ -309,7 +360,7 @@ def _scan(path: Path) -> tuple[_Segment | None, dict[str, Any]]:
             about = record.zero or {}
             if record.kind is not Kind.BASE or not {"tick", "lineage", "start"} <= about.keys():
                 return None, {}
-            segment = _Segment(path, about.get("shard", ""), [(about["tick"], about["lineage"])], [end], [None])
+            segment = _Segment(path, about.get("shard"), [(about["tick"], about["lineage"])], [end], [None])
         else:
             _note(segment, record, end)
         segment.bytes = end
@@ -332,8 +383,8 @@ def _read(path: Path) -> Iterator[tuple[int, Record]]:
 
 def _record(body: bytes) -> Record:
     kind, fields, payload = msgpack.unpackb(body, strict_map_key=False)
-    if kind == Kind.BASE:
-        return Record(Kind.BASE, zero=fields)
+    if kind in (Kind.BASE, Kind.SHARD):
+        return Record(Kind(kind), zero=fields)
     stamp = list(fields["stamp"]) if "stamp" in fields else None
     if stamp is not None:
         stamp[4] = Mode(stamp[4])

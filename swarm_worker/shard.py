@@ -7,10 +7,10 @@ marker that makes a checkpoint complete are the anchor's (anchor_node/checkpoint
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from swarm_core.errors import UserError
 from swarm_core.run_folder import CHECKPOINT_INDEX, CHECKPOINTS, checkpoint_name, shard_name
 from swarm_core.wire.messages import Saved
+from swarm_worker import failpoints
 
 
 class ShardError(UserError):
@@ -54,38 +55,49 @@ def write_shard(path: Path, shard: Shard) -> tuple[str, int]:
 
 
 class ShardWriter:
-    """Writes one stage's shards below a run folder, each tick's once."""
+    """Writes one stage's shards below a run folder, on whatever thread calls it; one call at a time."""
 
-    def __init__(
-        self, out: Path, stage: int, stages: int, manifest_digest: str, newest: Saved | None, keep: int = 0
-    ) -> None:
-        """`newest` is the shard that a resumed run started from; of older ones `keep` stay (0: all)."""
+    def __init__(self, out: Path, stage: int, stages: int, manifest_digest: str, keep: int = 0) -> None:
+        """Of the shards before the newest `keep` stay (0: all)."""
         self._folder = out / CHECKPOINTS
+        self._stage = stage
         self._file = shard_name(stage, stages)
         self._digest = manifest_digest
-        self._newest = newest
         self.keep = keep
 
-    def write(self, tick: int, make: Callable[[], Shard]) -> Saved:
-        """Write the shard of this tick. One that is there already stays: rewriting would tear a complete checkpoint."""
-        if self._newest is None or self._newest.tick != tick:
-            name, shard = checkpoint_name(tick), make()
-            shard.meta["manifest_digest"] = self._digest
-            digest, size = write_shard(self._folder / name / self._file, shard)
-            self._newest = Saved(tick, name, self._file, digest, size)
-            self._prune()
-        return self._newest
+    def write(self, tick: int, shard: Shard) -> Saved:
+        """Write the shard of this tick. Raises ShardError where it cannot be written."""
+        name = checkpoint_name(tick)
+        path = self._folder / name / self._file
+        shard.meta["manifest_digest"] = self._digest
+        try:
+            failpoints.hit("saving", self._stage, tick)
+            digest, size = write_shard(path, shard)
+            failpoints.hit("saved", self._stage, tick)
+            self._prune(name)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                path.with_suffix(".tmp").unlink()
+            raise ShardError(
+                f"{path} cannot be written ({error}): make room there, and start this stage again with the same --out"
+            ) from None
+        return Saved(tick, name, self._file, digest, size)
 
-    def _prune(self) -> None:
+    def said_again(self, tick: int, digest: str) -> Saved | None:
+        """What was said of a shard that is known to be whole, if it is still there."""
+        name = checkpoint_name(tick)
+        path = self._folder / name / self._file
+        return Saved(tick, name, self._file, digest, path.stat().st_size) if path.exists() else None
+
+    def _prune(self, newest: str) -> None:
         """Older shards of this stage go, where no anchor sees to it.
 
         One more stays than the anchor keeps checkpoints: the newest is not complete before every stage has written its
         own. A folder with an index is the anchor's, which shares this disk and prunes by itself; names above the
         newest are of a future that a resumed run has left.
         """
-        assert self._newest is not None
         names = sorted(path.parent.name for path in self._folder.glob(f"*/{self._file}"))
-        past = [name for name in names if name <= self._newest.checkpoint]
+        past = [name for name in names if name <= newest]
         for name in past[: -(self.keep + 1)] if self.keep else []:
             if not (self._folder / name / CHECKPOINT_INDEX).exists():
                 (self._folder / name / self._file).unlink()
@@ -93,21 +105,29 @@ class ShardWriter:
                     (self._folder / name).rmdir()
 
 
-def read_shard(path: Path, digest: str = "") -> Shard:
-    """Read a shard back; `digest` (when given) must match. Raises ShardError."""
+def check_shard(path: Path, digest: str) -> None:
+    """Whether a shard is there and whole, as far as its sha256 tells. Raises ShardError."""
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest and found != digest:
-            raise ShardError(f"{path}: sha256 is {found[:12]}..., the index says {digest[:12]}...: the file is damaged")
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {})["kedge"])
-            names = list(file.keys())
-            return Shard({name: file.get_tensor(name) for name in names}, meta)
     except FileNotFoundError:
         raise ShardError(
             f"{path}: no such shard; this stage's shard must lie below the worker's --out folder to resume"
         ) from None
+    except OSError as error:
+        raise ShardError(f"{path}: not a readable shard ({error})") from None
+    if digest and found != digest:
+        raise ShardError(f"{path}: sha256 is {found[:12]}..., the index says {digest[:12]}...: the file is damaged")
+
+
+def read_shard(path: Path, digest: str = "") -> Shard:
+    """Read a shard back; `digest` (when given) must match. Raises ShardError."""
+    check_shard(path, digest)
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {})["kedge"])
+            names = list(file.keys())
+            return Shard({name: file.get_tensor(name) for name in names}, meta)
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise ShardError(f"{path}: not a readable shard ({error})") from None
 
@@ -115,6 +135,11 @@ def read_shard(path: Path, digest: str = "") -> Shard:
 def select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors below `prefix.`, with the prefix cut off."""
     return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(prefix + ".")}
+
+
+def snapshot(shard: Shard) -> Shard:
+    """A copy on the host that nothing moves any more."""
+    return Shard(clone_all(shard.tensors), copy.deepcopy(shard.meta))
 
 
 def clone_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from swarm_core.wire.messages import (
     FrameKind,
     Hello,
     Rollouts,
+    Saved,
     Start,
     Stop,
     Welcome,
@@ -48,6 +49,7 @@ from swarm_worker.vitals import watch_member, watch_stage
 from swarm_worker.worker import StageWorker
 
 log = logging.getLogger(__name__)
+LEAVE_S = 120.0  # for a checkpoint that is being written when a process has to leave
 NEIGHBOUR_WAIT_S = 60.0  # neighbours were told to start together; a minute covers a slow link's handshake
 
 
@@ -93,6 +95,7 @@ class StageProcess:
         self.limits = self.service.server.limits = read_limits(arguments.limit_mbps)
         self.health = Health()
         self._words: asyncio.Queue[Fence | Start | Stop | BaseException] = asyncio.Queue()
+        self._leave_s = LEAVE_S
         self._stalled = ""  # why this stage cannot go on in its epoch
         self._turns = Turns()
         self._copier: Copier | None = None
@@ -120,12 +123,14 @@ class StageProcess:
             if await Restoring(membership, a.out, a.stage).run(held):
                 await self.epochs.find()
             ready = Frame(Header(FrameKind.READY, membership.run), to_bytes(await self.epochs.load()))
-            start = await await_word(membership, ready, a.wait_s, answer=self._answer)
+            start = await await_word(membership, ready, a.wait_s, answer=self._answer, check=self.epochs.check)
             if start is None:
                 return
             self._turns.start(start.epoch, start.recovery)
             link = AnchorLink(membership, self._standing, membership.manifest.config.checkpoint.keep)
             link.on_return.append(partial(self._anchor_is_back, link))
+            self.epochs.saving.said = partial(self._post_saved, membership, link)
+            self.epochs.saving.failed = self._words.put_nowait
             if self._signals:
                 self._on_signals(link)
             if keeps_copy(membership.manifest.config.checkpoint.off_host, a.out):
@@ -140,9 +145,14 @@ class StageProcess:
             elif membership is not None:
                 await tell_failure(membership, f"stage {a.stage}", error)
             raise
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            self._leave_s = 0.0
+            raise
         finally:
             for task in tasks:
                 task.cancel()
+            if membership is not None and hasattr(self, "epochs"):
+                await self.epochs.saving.close(self._leave_s)
             if membership is not None:
                 await membership.anchor.close()
             await self.service.server.stop()
@@ -208,11 +218,10 @@ class StageProcess:
             watch_stage(self.health, worker)
             for report in self.epochs.take_rows():
                 link.post_report(report)
-            if self.epochs.saved is not None:
-                message = Frame(
-                    Header(FrameKind.SAVED, membership.run, tick=work.position.tick), to_bytes(self.epochs.saved)
-                )
-                link.post(message)
+            if start.recovery:
+                link.forget_saved(start.tick)
+            for saved in self.epochs.saved:
+                self._post_saved(membership, link, saved)
             if below is not None:
                 below.heart.start(worker.pulse, until=worker.over)
             self.service.open(membership.digest, start.epoch)
@@ -224,11 +233,15 @@ class StageProcess:
             await self.service.shut()
 
     async def _answer(self, fence: Fence) -> Frame:
-        """What this stage can go back to. The compute thread has finished what it was at when this returns."""
+        """What this stage can go back to. What was being computed or written is finished when this returns."""
         self._turns.fence(fence.epoch)
+        await self.epochs.saving.idle()  # said of it before this answer, and nothing is said of a future that is left
         held = await asyncio.get_running_loop().run_in_executor(self._thread, self.epochs.held, fence.epoch)
         log.warning("epoch %d: %s; this stage holds %s", fence.epoch, fence.reason, span_of(held))
         return Frame(Header(FrameKind.HELD, epoch=fence.epoch), to_bytes(held))
+
+    def _post_saved(self, membership: Membership, link: AnchorLink, saved: Saved) -> None:
+        link.post(Frame(Header(FrameKind.SAVED, membership.run, tick=saved.tick), to_bytes(saved)))
 
     def _cannot_go_on(self, link: AnchorLink, error: Exception | None = None) -> None:
         """A neighbour is lost: the anchor is to end this epoch. Said again to an anchor that is back."""

@@ -19,10 +19,10 @@ LOADING = "loading"
 
 
 class Toil:
-    """How long the compute thread is in its present command, and how long it may be. Read from any thread."""
+    """How long a thread is in its present command, and how long it may be. Read from any thread."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic, who: str = "the compute thread") -> None:
+        self._who, self._clock = who, clock
         self._longest: dict[str, float] = {}
         self._now: tuple[str, float] | None = None
 
@@ -48,11 +48,7 @@ class Toil:
             return ""
         kind, began = now
         age_s, limit_s = self._clock() - began, self.limit_s(kind)
-        return (
-            f"the compute thread is in {kind} for {age_s:.0f} s, at most {limit_s:.0f} expected"
-            if age_s > limit_s
-            else ""
-        )
+        return f"{self._who} is in {kind} for {age_s:.0f} s, at most {limit_s:.0f} expected" if age_s > limit_s else ""
 
 
 def watch_member(health: Health, pulse: Pulse) -> None:
@@ -70,7 +66,7 @@ def watch_stage(health: Health, worker: StageWorker) -> None:
         return True, f"tick {worker.position.tick}" + (f", waiting {age_s:.0f} s for {what}" if what else "")
 
     def live() -> tuple[bool, str]:
-        stuck = worker.work.toil.stuck()
+        stuck = worker.work.toil.stuck() or worker.work.saving.toil.stuck()
         return not stuck, stuck or "the event loop answers, the compute thread moves"
 
     health.ready, health.live = ready, live

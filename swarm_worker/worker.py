@@ -150,6 +150,7 @@ class StageWorker:
         self._advance()
         try:
             reason = await self.over
+            await self.work.saving.idle()  # also where nobody waits for this checkpoint
             self.anchor.post_report(Report(type="ledger", tick=self.position.tick))
             if not await self.anchor.leave(LEAVE_S):
                 log.warning("stage %d leaves before the anchor has booked its last report", self.span.stage)
@@ -164,7 +165,8 @@ class StageWorker:
 
     def awaits(self) -> tuple[str, float]:
         """What is awaited, in words, and for how many seconds nothing has moved. Every beat says it."""
-        what = self.schedule.waiting_for() or (self.zero.lead.waiting_for() if self.zero is not None else "")
+        what = self.work.saving.awaited or self.schedule.waiting_for()
+        what = what or (self.zero.lead.waiting_for() if self.zero is not None else "")
         return what, time.monotonic() - self.progress_at
 
     async def watch(self) -> None:
@@ -348,9 +350,7 @@ class StageWorker:
         order = None
         if decide.stop and self.zero is not None:
             report, order = self.zero.ending()
-            self._report(report)  # before SAVED, so that the anchor knows what this checkpoint ends
-        if done.saved is not None:
-            self.anchor.post(Frame(Header(FrameKind.SAVED, self.run_id, tick=tick), to_bytes(done.saved)))
+            self._report(report)
         self.anchor.post_report(Report(type="ledger", tick=tick if decide.outcome == Outcome.HOLD else stamp.tick))
         if order is not None:
             await self.service.order(order)
@@ -375,8 +375,8 @@ class StageWorker:
         tokens = sum(batch.layout(stamp.slice, i).tokens for i in range(stamp.microbatches))
         decide, row = self.zero.decide(stamp, vote.votes, vote.gated, tokens)
         state = self.zero.state()
-        self.work.redo.append(Record(Kind.DECIDED, stamp=stamp, decide=decide, zero=state, row=to_bytes(row)))
-        self.work.redo.sync()  # a decision that somebody has heard is never taken back
+        # A decision that somebody has heard is never taken back.
+        self.work.redo.decide(Record(Kind.DECIDED, stamp=stamp, decide=decide, zero=state, row=to_bytes(row)))
         failpoints.hit("decided", 0, stamp.tick)
         self._send_decision(stamp, decide)
         self._report(row)

@@ -54,6 +54,8 @@ class FrameKind(enum.IntEnum):
     COPY_HELD = 30
     COPIES = 31
     COPY_WANTED = 32
+    CHECK = 33
+    CHECKED = 34
     BEAT = 40
     STATUS = 41
     TRIAL = 42
@@ -188,6 +190,18 @@ class Saved:
     file: str = ""
     digest: str = ""
     bytes: int = 0
+
+
+@dataclass
+class Check:
+    checkpoint: str = ""
+    digest: str = ""
+
+
+@dataclass
+class Checked:
+    checkpoint: str = ""
+    wrong: str = ""
 
 
 @dataclass

@@ -201,6 +201,7 @@ class Corpus:
             self._one(to, FrameKind.COPIES, m.Copies(7, [m.CopyHeld(COPIED, 100, 7), m.CopyHeld(COPIED, 9, 8)])),
             self._one(to, FrameKind.COPY, m.Copy(COPIED, 0, part=b"bytes")),
             self._one(to, FrameKind.FENCE, m.Fence(2, "stage 1 is gone")),
+            self._one(to, FrameKind.CHECK, m.Check("tick-00000004", "d1" * 32)),
             self._one(to, FrameKind.BEAT, m.Beat(10.0, 9.0, 0.5, "at work", "the vote of stage 2", 3.0)),
         ]
 
@@ -257,6 +258,7 @@ class Corpus:
             self._one(to, FrameKind.COPY_WANTED, m.CopyWanted(COPIED, 3)),
             self._one(to, FrameKind.STOP, m.Stop("asked to", False)),
             self._one(to, FrameKind.FENCE, m.Fence(9, "stage 2 is gone")),
+            self._one(to, FrameKind.CHECKED, m.Checked("tick-00000004", "it is damaged")),
             self._one(to, FrameKind.HELD, m.Held(9, 7, [3, 4], [5, 6], [7, 8], m.Decide(m.Outcome.COMMIT, 0.5))),
             self._one(
                 "anchor, of a sampler", FrameKind.REPORT, m.Report("eval", TICK, {"eval/accuracy": 0.5}, number=1)

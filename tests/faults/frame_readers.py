@@ -376,6 +376,8 @@ def from_anchor(chunks: list[bytes]) -> None:
                 from_bytes(m.Copy, frame.payload)
             case FrameKind.FENCE:
                 from_bytes(m.Fence, frame.payload)
+            case FrameKind.CHECK:
+                from_bytes(m.Check, frame.payload)
             case FrameKind.BEAT:
                 Heart(cast(Any, None)).take(frame)
             case kind:
@@ -426,7 +428,7 @@ class _AnchorReader:
     async def _open(self, folder: Path) -> None:
         of = manifest("uniform")
         with mock.patch("anchor_node.service.Server"):  # gRPC never lets go of a server that was not started
-            service = self.service = AnchorService(of, cast(Any, _Quiet()), folder, None, Ledger())
+            service = self.service = AnchorService(of, cast(Any, _Quiet()), folder, [], Ledger())
         service.books = Books(folder)
         service.tick = service.memory.tick = TICK
         service.slow.keeper = BasisKeeper(of.link(), of.boundaries, basis_set(of), of.config.links.fit)

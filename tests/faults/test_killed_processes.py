@@ -62,7 +62,7 @@ def test_everybody_is_killed_at_once_and_goes_on_where_the_logs_end(
 def test_processes_that_die_at_named_points_lose_nothing(
     run_file: Path, calm: Any, programs: WarmPrograms, tmp_path: Path
 ) -> None:
-    points = ["1-voting@3", "0-decided@9", "2-applied@12", "1-saved@16"]
+    points = ["1-voting@3", "2-saving@8", "0-decided@9", "2-applied@12", "1-saved@16"]
     swarm = type(calm)(run_file, tmp_path / "run")
     processes = Processes(programs, run_file, swarm.out, 3, ",".join(str(tmp_path / point) for point in points))
     try:

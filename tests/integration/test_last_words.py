@@ -38,27 +38,6 @@ def cause_of(failed: BaseException, kind: type[BaseException]) -> str:
     return str(failed)
 
 
-@pytest.mark.parametrize("damage", ["a bit", "missing"])
-def test_the_anchor_says_why_a_stage_could_not_resume(
-    recipe: Callable[..., Any], run_swarm: Callable[..., str], tmp_path: Path, damage: str
-) -> None:
-    run_file = recipe().run_file(run={"ticks": 2})
-    out = tmp_path / "run"
-    run_swarm(run_file, out)
-    shard = out / "checkpoints" / "tick-00000002" / "stage-01-of-03.safetensors"
-    if damage == "missing":
-        shard.unlink()
-    else:
-        data = bytearray(shard.read_bytes())
-        data[-1] ^= 1
-        shard.write_bytes(data)
-    with pytest.raises(BaseExceptionGroup):  # of the stage, or of a neighbour that misses it first
-        run_swarm(run_file, out, overrides={"run.ticks": "4"}, resume=True)
-    why = {"missing": "no such shard", "a bit": "the file is damaged"}[damage]
-    (told,) = rows(out, "failed")
-    assert told["message"].startswith("stage 1: ") and str(shard) in told["message"] and why in told["message"]
-
-
 def test_a_reward_function_that_always_raises_is_told_and_gives_no_reward(
     run_swarm: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ class Plan:
     power: float = 0.4  # share of deaths that take what was not synced
     failpoint: float = 0.004  # chance to die at each named point and each sync
     speed: tuple[float, ...] = (0.05,)
+    slow_disk: float = 1.0  # how much longer than a command the writing of a shard takes
 
     @classmethod
     def of(cls, seed: int) -> Plan:
@@ -69,6 +70,7 @@ class Plan:
             rate=0.0 if calm else draw.choice((0.05, 0.1, 0.3)),
             failpoint=0.0 if calm else draw.choice((0.0, 0.01, 0.03)),
             speed=tuple(draw.choice((0.02, 0.1, 0.3)) for _ in range(4)),
+            slow_disk=draw.choice((1.0, 10.0, 100.0, 1000.0)),
         )
 
     def manifest(self) -> Manifest:
@@ -82,7 +84,8 @@ class Plan:
             ),
             links=LinksSection(fidelity_every=self.probe_every),
             sampler=SamplerSection(overlap=self.overlap),
-            checkpoint=CheckpointSection(every=self.every, keep=self.keep),
+            # Without copies: a stage that is begun from one may lose ticks, and here none may be.
+            checkpoint=CheckpointSection(every=self.every, keep=self.keep, off_host=False),
         )
         spans = tuple(Span(i, self.stages, i, i + 1) for i in range(self.stages))
         return Manifest(config, spans, 8, VOCAB, "the model")

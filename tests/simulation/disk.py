@@ -34,19 +34,19 @@ class Disk:
         else:
             self._synced[about.st_ino] = about.st_size
 
-    def power_cut(self, folder: Path) -> None:
-        """Of everything in this folder only what was synced is sure to be there."""
+    def power_cut(self, folder: Path, names: str = "") -> None:
+        """Of everything in this folder that is called `names`... only what was synced is sure to be there."""
         if not folder.is_dir():
             return
         sure = self._names.get(folder.stat().st_ino, {})
-        for path in sorted(folder.iterdir()):
+        for path in sorted(folder.glob(f"{names}*")):
             inode = path.stat().st_ino
             if path.name not in sure and self.rng.random() < 0.5:
                 path.unlink()
             else:
                 self._tear(path, min(self._synced.get(inode, 0), path.stat().st_size))
         for name, inode in sorted(sure.items()):
-            if not (folder / name).exists() and self.rng.random() < 0.5:
+            if name.startswith(names) and not (folder / name).exists() and self.rng.random() < 0.5:
                 os.link(self.shadow / str(inode), folder / name)
 
     def _tear(self, path: Path, synced: int) -> None:

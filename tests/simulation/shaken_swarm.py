@@ -51,6 +51,7 @@ from swarm_worker.entry import Entry
 from swarm_worker.epochs import Epochs
 from swarm_worker.failpoints import POINTS
 from swarm_worker.journal import Journal
+from swarm_worker.saving import DaemonThread, Saving
 from swarm_worker.stage_process import StageArguments, StageProcess
 from swarm_worker.worker import StageWorker
 
@@ -89,7 +90,7 @@ class ShakenSwarm:
         self.rng = random.Random(f"shaken {plan.seed}")
         self.judge, self.world = Judge(plan.seed), World(plan.seed, plan.stages)
         self.loop = VirtualLoop(self.rng)
-        self.loop.work_s = self._work_s
+        self.loop.work_s, self.loop.done_at_end = self._work_s, self._writes_late
         self.loop.set_exception_handler(self._unheard)
         self.wan = Wan(self.loop, self.judge.note, self._object)
         self.wan.weather = plan.weather
@@ -125,6 +126,8 @@ class ShakenSwarm:
         self._watch(
             monkey, Epochs, "set_up", lambda e, start: judge.works(e._stage, start.epoch, (CURRENT.get(), start.epoch))
         )
+        self._watch(monkey, Saving, "room", lambda s, tick: judge.note("waited for the disk", int(s._busy)))
+        self._watch(monkey, swarm_worker.recovery, "copy_of", lambda c, position, zero: self._copied(position.tick))
         self._watch(monkey, Journal, "write", lambda j, stamp, decide, *_: judge.decides(stamp, decide))
         self._watch(monkey, StageWorker, "_send_decision", lambda w, stamp, decide: judge.tells(stamp, decide))
         self._watch(monkey, StageProcess, "_serve_above", self._linked)
@@ -133,7 +136,7 @@ class ShakenSwarm:
             monkey, AnchorService, "fail", lambda s, error: self._object(f"the anchor fails the run: {error}", error)
         )
 
-    def _watch(self, monkey: pytest.MonkeyPatch, owner: type, name: str, look: Callable[..., None]) -> None:
+    def _watch(self, monkey: pytest.MonkeyPatch, owner: Any, name: str, look: Callable[..., None]) -> None:
         original = getattr(owner, name)
 
         def watched(*args: Any, **keywords: Any) -> Any:
@@ -147,6 +150,12 @@ class ShakenSwarm:
         if stream.hello.epoch != process._turns.epoch:
             self.judge.object(f"a link of epoch {stream.hello.epoch} is taken in epoch {process._turns.epoch}")
 
+    def _copied(self, tick: int) -> None:
+        """A stage that is rebuilt comes by a checkpoint that the process before it has decided and not written."""
+        assert self.judge.published is not None
+        self.judge.note("written again")
+        self.judge.note("written late", int(self.judge.published[0] > tick))
+
     def _starts_again(self, epochs: anchor_node.epochs.Epochs, line: Line) -> None:
         self.judge.note("epochs")
         self.judge.starts(line.epoch, line.version)
@@ -159,11 +168,15 @@ class ShakenSwarm:
         if isinstance(error, Exception) and not isinstance(error, WireError):
             self._object(f"{context['message']}: {type(error).__name__}: {error}", error)
 
-    def _work_s(self, process: Process | None) -> float:
+    def _work_s(self, process: Process | None, executor: Any) -> float:
         if process is None or not process.name.startswith("stage"):
             return 0.02
         scale = self.plan.speed[int(process.host.split()[1])] if self.stormy else 0.02
-        return scale * self.rng.random()
+        return scale * self.rng.random() * (self.plan.slow_disk if isinstance(executor, DaemonThread) else 1.0)
+
+    def _writes_late(self, executor: Any) -> bool:
+        """Whether a shard is there only when all of its time is over; else at once, and nobody knows of it until then."""
+        return isinstance(executor, DaemonThread) and self.rng.random() < 0.5
 
     # Dying -------------------------------------------------------------------------------------------------------------
 
@@ -231,6 +244,8 @@ class ShakenSwarm:
         if power:
             self.judge.note("power cuts")
             self.disk.power_cut(folder)
+            for checkpoint in sorted((self.out / "checkpoints").glob("tick-*")):
+                self.disk.power_cut(checkpoint, f"{folder.name}.")
 
     # The processes -----------------------------------------------------------------------------------------------------
 
@@ -266,7 +281,7 @@ class ShakenSwarm:
     async def _anchor(self, process: Process) -> None:
         memory = recall(self.out, self.manifest.digest())
         kept = found(self.out)
-        service = AnchorService(self.manifest, _Screen(), self.out, kept[-1] if kept else None, Ledger(), memory)
+        service = AnchorService(self.manifest, _Screen(), self.out, kept[::-1], Ledger(), memory)
         self.anchor = process, service
         process.at_death.append(lambda: service.over.cancel())
         await service.server.start(ANCHOR)

@@ -6,6 +6,7 @@ Seeds are fixed; KEDGE_SEED=5000 takes those from there on, KEDGE_SEEDS=2000 so 
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from swarm_core.wire.messages import Decide, Hello, Outcome
 from swarm_worker.admission import Admission
 from swarm_worker.compute_thread import ComputeThread
 from swarm_worker.redo import Redo
+from swarm_worker.saving import Saving
 from swarm_worker.schedule import Compute, Op, Schedule
 from swarm_worker.service import StageService
 from swarm_worker.turns import Turns
@@ -40,6 +42,7 @@ def test_whatever_happens_no_tick_is_lost_or_half_applied_and_the_run_goes_on(pa
         happened.update(swarm.judge.happened)
     wanted = {"epochs": 80, "stages killed": 40, "anchors killed": 15, "samplers killed": 15, "power cuts": 30}
     wanted |= {"frozen": 15, "partitions": 15, "lost": 200, "said twice": 300, "died at sync": 10}
+    wanted |= {"waited for the disk": 20, "written again": 10}
     assert {name: happened[name] for name, least in wanted.items() if happened[name] < least} == {}, "too calm a day"
 
 
@@ -121,15 +124,41 @@ def no_fence(monkey: Monkey) -> None:
 
 def log_gc(monkey: Monkey) -> None:
     """Only the newest checkpoint and what came behind it is kept."""
-    original = Redo.turn
+    original = Redo.settle
 
-    def turn(self: Redo, base: tuple[int, int], shard: str, keep: int) -> None:
-        original(self, base, shard, keep)
+    def settle(self: Redo, tick: int, shard: str, keep: int) -> None:
+        original(self, tick, shard, keep)
+        self.sync()
         for old in self._segments[:-1]:
             old.path.unlink(missing_ok=True)
         self._segments = self._segments[-1:]
 
+    monkey.setattr(Redo, "settle", settle)
+
+
+def base_too_early(monkey: Monkey) -> None:
+    """A version counts as a base as soon as its checkpoint is decided, and what is older goes."""
+    original = Redo.turn
+
+    def turn(self: Redo, base: tuple[int, int]) -> None:
+        original(self, base)
+        self.settle(base[0], "not written yet", 1)
+        self.sync()
+
     monkey.setattr(Redo, "turn", turn)
+
+
+def said_too_early(monkey: Monkey) -> None:
+    """The anchor hears of a shard, and removes older ones, before the log has noted that it is there."""
+
+    async def write(self: Saving, tick: int, copy: Any) -> None:
+        loop = asyncio.get_running_loop()
+        saved = await loop.run_in_executor(self._thread, self.shards.write, tick, copy)
+        self.said(saved)
+        await asyncio.sleep(1.0)
+        await loop.run_in_executor(self._log_thread, self._redo.settle, tick, saved.digest, self.shards.keep)
+
+    monkey.setattr(Saving, "_write", write)
 
 
 def no_sync(monkey: Monkey) -> None:
@@ -159,6 +188,8 @@ def fence_heard_once(monkey: Monkey) -> None:
         (epoch_forgotten, "for a second time|no progress|two histories", {}),
         (no_fence, "a link of epoch", {"stages": 4, "rate": 0.3, "speed": (0.02, 0.3, 1.0, 1.0)}),
         (log_gc, "damaged|is lost|holds nothing|holds ticks", {"every": 1}),
+        (base_too_early, "cannot be rebuilt|is lost|holds nothing|holds ticks", {"every": 1, "slow_disk": 100.0}),
+        (said_too_early, "damaged|is lost|holds nothing|holds ticks|cannot be rebuilt", {"every": 1, "keep": 1}),
         (no_sync, "is lost, though it was told", {"power": 1.0}),
         (fence_heard_once, "no progress", {}),
     ],

@@ -85,7 +85,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super().__init__(selector)
         selector.loop = self
         self.now, self.rng = 0.0, rng
-        self.work_s: Callable[[Process | None], float] = lambda process: 0.01
+        self.work_s: Callable[[Process | None, Any], float] = lambda process, executor: 0.01
+        self.done_at_end: Callable[[Any], bool] = lambda executor: False
         self._busy_until: dict[Any, float] = {}
         self.set_task_factory(self._make_task)  # type: ignore[arg-type]
 
@@ -104,10 +105,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return task
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
-        """One piece after the other for each executor. It is done at its start, and known of at its end."""
+        """One piece after the other for each executor. It is done at its start, and known of at its end; or it is done at
+        its end, so that a process that dies meanwhile has not done it."""
         process, result = CURRENT.get(), self.create_future()
         starts = max(self.now, self._busy_until.get(executor, 0.0) if executor is not None else 0.0)
-        lasts = self.work_s(process)
+        lasts = self.work_s(process, executor)
         if executor is not None:
             self._busy_until[executor] = starts + lasts
 
@@ -115,11 +117,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             if not result.done() and (process is None or process.alive):
                 done(value)
 
-        def start() -> None:
+        def start(again_s: float) -> None:
             if result.cancelled() or process is not None and not process.alive:
                 return
             if process is not None and process.frozen_until > self.now:
-                self.call_at(process.frozen_until, start)
+                self.call_at(process.frozen_until, start, again_s)
+                return
+            if again_s:
+                self.call_later(again_s, start, 0.0)
                 return
             try:
                 value, done = func(*args), result.set_result
@@ -127,7 +132,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
                 return
             except Exception as error:  # noqa: BLE001  whatever it is, it is told to whoever waits for it
                 value, done = error, result.set_exception
-            self.call_later(lasts, end, done, value)
+            self.call_later(0.0 if late else lasts, end, done, value)
 
-        self.call_at(starts, start)
+        late = self.done_at_end(executor)
+        self.call_at(starts, start, lasts if late else 0.0)
         return result

@@ -42,6 +42,8 @@ class FrameKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     COPY_HELD: _ClassVar[FrameKind]
     COPIES: _ClassVar[FrameKind]
     COPY_WANTED: _ClassVar[FrameKind]
+    CHECK: _ClassVar[FrameKind]
+    CHECKED: _ClassVar[FrameKind]
     BEAT: _ClassVar[FrameKind]
     STATUS: _ClassVar[FrameKind]
     TRIAL: _ClassVar[FrameKind]
@@ -95,6 +97,8 @@ COPY: FrameKind
 COPY_HELD: FrameKind
 COPIES: FrameKind
 COPY_WANTED: FrameKind
+CHECK: FrameKind
+CHECKED: FrameKind
 BEAT: FrameKind
 STATUS: FrameKind
 TRIAL: FrameKind
@@ -463,6 +467,22 @@ class Saved(_message.Message):
     digest: str
     bytes: int
     def __init__(self, tick: _Optional[int] = ..., checkpoint: _Optional[str] = ..., file: _Optional[str] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class Check(_message.Message):
+    __slots__ = ("checkpoint", "digest")
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: str
+    digest: str
+    def __init__(self, checkpoint: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
+
+class Checked(_message.Message):
+    __slots__ = ("checkpoint", "wrong")
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    WRONG_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: str
+    wrong: str
+    def __init__(self, checkpoint: _Optional[str] = ..., wrong: _Optional[str] = ...) -> None: ...
 
 class BatchData(_message.Message):
     __slots__ = ("batch", "weight_version", "prompts", "id_bytes", "prompt_lengths", "completion_lengths", "slices", "completion_ids", "advantages", "sampler_logprobs", "loss_mask", "slice_tokens", "slice_sequences")

@@ -66,7 +66,7 @@ class Anchor:
 
     def __init__(self, folder: Path) -> None:
         self.screen = Quiet()
-        self.service = AnchorService(MANIFEST, self.screen, folder, None, Ledger())
+        self.service = AnchorService(MANIFEST, self.screen, folder, [], Ledger())
         self.service.books = Books(folder)
         first = BasisSet(0, 0, [matrix_of(key, q(i), step=0.5) for i, key in enumerate(KEYS)])
         self.keeper = self.service.slow.keeper = BasisKeeper(MANIFEST.link(), 2, first)

@@ -202,6 +202,16 @@ def test_ready_is_said_once() -> None:
         roster.is_ready(member, Ready(model_fingerprint=PRINT))
 
 
+def test_shards_of_a_future_that_is_left_complete_no_checkpoint() -> None:
+    roster = full()
+    for tick in (4, 8):
+        for stage in (0, 1):
+            assert roster.saved(stage, Saved(tick, f"tick-{tick:08d}", "s", "of the lost future", 1)) is None
+    roster.forget_saved(5)
+    assert roster.saved(2, Saved(8, "tick-00000008", "s", "d", 1)) is None
+    assert roster.saved(2, Saved(4, "tick-00000004", "s", "d", 1)) is not None
+
+
 def test_checkpoints_that_nobody_completes_are_forgotten() -> None:
     roster = full()
     for tick in range(1000):

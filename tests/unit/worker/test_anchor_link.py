@@ -171,6 +171,10 @@ def test_what_means_the_same_twice_is_said_again_and_of_sketches_the_newest_wait
             link.post(frame(FrameKind.STOP, 0, Stop("enough")))
             link.post_report(Report("event", 30))
             link.post(said[2])
+            link.post(frame(FrameKind.SAVED, 40, Saved(40, "tick-40")))
+            link.forget_saved(30)  # an epoch begins at an earlier tick
+            link.post(said[1])
+            link.post(said[2])
             await until(lambda: len(books.others) >= 5)
             assert await link.leave(5)
             assert began_again == [None]

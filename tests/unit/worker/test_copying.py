@@ -70,7 +70,8 @@ class Host:
         path = self.out / "checkpoints" / f"tick-{self.version[0]:08d}" / SHARD
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data := self.rng.randbytes(self.rng.randrange(1, 4000)))
-        self.redo.turn(self.version, hashlib.sha256(data).hexdigest(), keep=2)
+        self.redo.turn(self.version)
+        self.redo.settle(self.version[0], hashlib.sha256(data).hexdigest(), keep=2)
         past = [p for p in (self.out / "checkpoints").glob(f"*/{SHARD}") if p.parent.name <= path.parent.name]
         for old in sorted(past)[:-3]:  # as shard.py prunes
             old.unlink()

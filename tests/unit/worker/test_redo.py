@@ -61,6 +61,12 @@ def tick(redo: Redo, version: Version, decide: Decide = COMMIT, epoch: int = 1) 
     return after(stamp_at(version, epoch), decide)
 
 
+def saved(redo: Redo, version: Version, shard: str = "shard", keep: int = 2) -> None:
+    """A checkpoint: the log goes on in a new file, and hears later that the shard is on disk."""
+    redo.turn(version)
+    redo.settle(version[0], shard, keep)
+
+
 def ticks(redo: Redo, count: int, version: Version = START, epoch: int = 1) -> list[Version]:
     """The versions from `version` on, after `count` ticks."""
     found = [version]
@@ -152,7 +158,7 @@ def test_a_turn_keeps_the_files_of_the_checkpoints_that_are_kept_and_of_one_more
     redo, versions = begun(tmp_path), [START]
     for number in range(4):
         versions += ticks(redo, 2, versions[-1])[1:]
-        redo.turn(versions[-1], f"shard {number}", keep)
+        saved(redo, versions[-1], f"shard {number}", keep)
     bases = versions[::2][-files:]
     assert [path.name for path in sorted(redo.folder.iterdir())] == [f"tick-{v[0]:08d}.log" for v in bases]
     shards = {v[0] for v in bases}
@@ -161,11 +167,44 @@ def test_a_turn_keeps_the_files_of_the_checkpoints_that_are_kept_and_of_one_more
         assert [base for base, _ in log.bases(versions[-1])] == [v[0] for v in reversed(bases)]
 
 
+def test_a_version_whose_shard_is_not_written_yet_is_reached_from_the_base_before_it(tmp_path: Path) -> None:
+    redo = begun(tmp_path)
+    first = ticks(redo, 2)
+    saved(redo, first[-1], "first", 1)
+    second = ticks(redo, 2, first[-1])
+    redo.turn(second[-1])
+    third = ticks(redo, 2, second[-1])
+    redo.sync()
+    for log in (redo, found_again(redo, tmp_path)):
+        assert log.bases(third[-1]) == [(2, "first"), (0, "")] and not log.has_shard(second[-1])
+        assert log.versions({2, 4}) == [*first[:-1], *second[:-1], *third]
+        assert len([r for r in log.records(2, third[-1]) if r.kind is Kind.DECIDED]) == 4
+    other = found_again(redo, tmp_path)
+    other.cut(third[-1])
+    other.settle(4, "second", 1)
+    for log in (other, found_again(other, tmp_path)):
+        assert log.bases(third[-1]) == [(4, "second"), (2, "first")] and log.has_shard(second[-1])
+        assert log.versions({2, 4}) == [first[-1], *second[1:-1], *third]
+
+
+def test_the_word_of_a_shard_outlives_a_cut_behind_its_version(tmp_path: Path) -> None:
+    redo = begun(tmp_path)
+    versions = ticks(redo, 2)
+    redo.turn(versions[-1])
+    versions += ticks(redo, 2, versions[-1])[1:]
+    redo.settle(2, "shard", 2)
+    redo.cut(versions[3])
+    assert found_again(redo, tmp_path).bases(versions[3]) == [(2, "shard"), (0, "")]
+    redo = found_again(redo, tmp_path)
+    redo.cut(versions[1])
+    assert found_again(redo, tmp_path).bases(versions[1]) == [(0, "")]
+
+
 def test_a_version_that_a_file_begins_with_already_is_no_reason_for_another(tmp_path: Path) -> None:
     redo = begun(tmp_path)
     version = ticks(redo, 1)[-1]
-    redo.turn(version, "shard", 1)
-    redo.turn(version, "shard", 1)
+    saved(redo, version, "shard", 1)
+    saved(redo, version, "shard", 1)
     assert len(list(redo.folder.iterdir())) == 2 and redo.versions({1}) == [START, version]
 
 
@@ -173,7 +212,7 @@ def test_where_shards_are_missing_what_leads_through_is_still_reached_and_nothin
     redo, versions = begun(tmp_path, shard="shard at 0"), [START]
     for number in range(3):
         versions += ticks(redo, 2, versions[-1])[1:]
-        redo.turn(versions[-1], f"shard {number}", 0)
+        saved(redo, versions[-1], f"shard {number}", 0)
     versions += ticks(redo, 1, versions[-1])[1:]
     assert redo.versions({0}) == versions, "every later file begins where the one before it ends"
     assert redo.versions({4}) == versions[4:]
@@ -205,7 +244,7 @@ def test_a_new_start_leaves_nothing_of_the_last_one(tmp_path: Path) -> None:
     redo = begun(tmp_path, start=7)
     newest = ticks(redo, 2)[-1]
     redo.append(rollouts(0))
-    redo.turn(newest, "shard", 2)
+    saved(redo, newest, "shard", 2)
     redo.begin(8, newest, "shard")
     for log in (redo, found_again(redo, tmp_path)):
         assert (log.start_id, log.versions({2}), log.voted, log.decided) == (8, [newest], None, None)
@@ -234,10 +273,10 @@ def test_rollouts_that_wait_are_carried_into_a_new_file_each_until_its_batch_beg
         redo.append(rollouts(number))
     redo.append(Record(Kind.BATCH, microbatch=4))
     first = tick(redo, START)
-    redo.turn(first, "shard", 1)
+    saved(redo, first, "shard", 1)
     redo.append(Record(Kind.BATCH, microbatch=5))
     second = tick(redo, first)
-    redo.turn(second, "another", 1)
+    saved(redo, second, "another", 1)
     again = found_again(redo, tmp_path)
     kinds = [(record.kind, record.microbatch) for record in again.records(1, second)][:2]
     assert kinds == [(Kind.ROLLOUTS, 5), (Kind.BATCH, 5)]
@@ -251,7 +290,7 @@ def test_a_cut_gives_back_the_rollouts_behind_it_in_order_from_all_files(tmp_pat
     redo.append(rollouts(2))
     versions += ticks(redo, 1, versions[-1])[1:]
     redo.append(Record(Kind.BATCH, microbatch=2))
-    redo.turn(versions[-1], "shard", 2)
+    saved(redo, versions[-1], "shard", 2)
     redo.append(rollouts(3))
     assert [record.microbatch for record in redo.cut(versions[1])] == [2, 1, 3], "1 waits, so it was carried along"
     assert [record.microbatch for record in redo.records(0, (9, 9)) if record.kind is Kind.ROLLOUTS] == [1]
@@ -263,7 +302,7 @@ def test_a_cut_gives_back_the_rollouts_behind_it_in_order_from_all_files(tmp_pat
 def test_behind_a_cut_lies_another_future(tmp_path: Path) -> None:
     redo = begun(tmp_path)
     old = ticks(redo, 2)
-    redo.turn(old[-1], "shard", 2)
+    saved(redo, old[-1], "shard", 2)
     old += ticks(redo, 2, old[-1])[1:]
     redo.append(tallied(old[-1]))
     assert redo.cut(old[1]) == []
@@ -293,7 +332,7 @@ def test_what_led_to_the_newest_version_is_known_also_behind_a_cut_and_at_the_be
     assert redo.decided is None
     versions = ticks(redo, 3)  # coefficients 1, 2, 3
     assert redo.decided == Decide(Outcome.COMMIT, 3.0)
-    redo.turn(versions[-1], "shard", 1)
+    saved(redo, versions[-1], "shard", 1)
     assert redo.decided == Decide(Outcome.COMMIT, 3.0)
     assert found_again(redo, tmp_path).decided == Decide(Outcome.COMMIT, 3.0)
     redo.cut(versions[1])
@@ -308,7 +347,7 @@ def test_files_of_another_future_are_gone_for_good_before_anything_is_written_be
 ) -> None:
     redo = begun(tmp_path)
     versions = ticks(redo, 2)
-    redo.turn(versions[-1], "shard", 2)
+    saved(redo, versions[-1], "shard", 2)
     synced: list[set[str]] = []
 
     def fsync(descriptor: int) -> None:
@@ -342,7 +381,7 @@ class RedoAgainstAList(RuleBasedStateMachine):
         self.folder = Path(self.temporary.name)
         self.redo = begun(self.folder, shard=shard)
         self.entries: list[Entry] = []
-        self.files: list[tuple[Version, str]] = [(START, shard)]  # all ever; the log has the last ones
+        self.files: list[tuple[Version, str | None]] = [(START, shard)]  # all ever; the log has the last ones
         self.first = 0  # of the files that are still there
         self.synced = self.redo._segments[0].bytes
         self.epoch, self.batches = 1, 0
@@ -413,14 +452,27 @@ class RedoAgainstAList(RuleBasedStateMachine):
         self.add(replace(record, zero={"tick": len(self.versions)}, row=b"row"))
 
     @precondition(lambda self: self.entries and self.entries[-1].version is not None)
-    @rule(keep=st.integers(0, 2))
-    def turns(self, keep: int) -> None:
-        self.redo.turn(self.versions[-1], f"shard of {self.versions[-1][0]}", keep)
+    @rule()
+    def turns(self) -> None:
+        if self.files[-1][1] is None and self.files[-1][0] != self.versions[-1]:
+            return  # the next checkpoint waits until this one is written
+        self.redo.turn(self.versions[-1])
         if self.files[-1][0] == self.versions[-1]:
             return  # it is in a file of its own already
-        self.files.append((self.versions[-1], f"shard of {self.versions[-1][0]}"))
-        self.first = max(self.first, len(self.files) - keep - 1) if keep else self.first
+        self.files.append((self.versions[-1], None))
         self.synced = self.redo._segments[-1].bytes
+
+    @precondition(lambda self: self.files[-1][1] is None)
+    @rule(keep=st.integers(0, 2))
+    def is_on_disk(self, keep: int) -> None:
+        """What was decided before."""
+        base, _ = self.files[-1]
+        self.files[-1] = base, f"shard of {base[0]}"
+        self.redo.settle(base[0], f"shard of {base[0]}", keep)
+        self.synced = self.redo._segments[-1].bytes
+        bases = [number for number, (_, shard) in enumerate(self.files) if shard is not None]
+        if keep:
+            self.first = max(self.first, bases[-(keep + 1) :][0])
 
     @rule(share=st.floats(0, 1))
     def dies(self, share: float) -> None:
@@ -475,6 +527,8 @@ class RedoAgainstAList(RuleBasedStateMachine):
     def does_the_same_again(self) -> None:
         self.redo.sync()
         version = self.versions[-1]
+        bases = [(base[0], shard) for base, shard in self.files[self.first :] if shard is not None]
+        assert self.redo.bases(version) == bases[::-1]
         for tick_, shard in self.redo.bases(version):
             base = next(v for v in self.versions if v[0] == tick_)
             assert (base, shard) in self.files

@@ -119,7 +119,7 @@ def held(out: Path, stage: int = 0) -> list[int]:
 
 
 def writer(out: Path, stage: int = 0, keep: int = 2) -> ShardWriter:
-    return ShardWriter(out, stage, 2, "ab", None, keep)
+    return ShardWriter(out, stage, 2, "ab", keep)
 
 
 def small() -> Shard:
@@ -130,26 +130,39 @@ def test_a_worker_keeps_one_shard_more_than_checkpoints(tmp_path: Path) -> None:
     """The newest is not complete before the others have written theirs: until then the ones before it must be there."""
     ours, other = writer(tmp_path), writer(tmp_path, stage=1, keep=0)
     for tick in (1, 2, 3, 4, 5):
-        other.write(tick, small)
-        ours.write(tick, small)
+        other.write(tick, small())
+        ours.write(tick, small())
     assert held(tmp_path) == [3, 4, 5]
     assert held(tmp_path, 1) == [1, 2, 3, 4, 5], "another stage's are its own affair"
     alone = writer(tmp_path / "alone", keep=1)
     for tick in (1, 2, 3):
-        alone.write(tick, small)
+        alone.write(tick, small())
     assert sorted(p.name for p in (tmp_path / "alone" / "checkpoints").iterdir()) == ["tick-00000002", "tick-00000003"]
 
 
 def test_a_worker_leaves_alone_what_the_anchor_prunes_and_what_a_resume_left(tmp_path: Path) -> None:
     ours = writer(tmp_path, keep=1)
-    ours.write(1, small)
+    ours.write(1, small())
     (tmp_path / "checkpoints" / "tick-00000001" / "index.json").write_text("{}")
-    writer(tmp_path, keep=1).write(90, small)  # of a future that the run resumed at 1 does not have
+    writer(tmp_path, keep=1).write(90, small())  # of a future that the run resumed at 1 does not have
     for tick in (2, 3):
-        ours.write(tick, small)
+        ours.write(tick, small())
     assert held(tmp_path) == [1, 2, 3, 90]
-    ours.write(4, small)
+    ours.write(4, small())
     assert held(tmp_path) == [1, 3, 4, 90]
+
+
+def test_what_cannot_be_written_is_one_line_and_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        ShardError, match="cannot be written .*No space left.*: make room there, and start this stage"
+    ) as told:
+        writer(tmp_path).write(1, small())
+    assert "tick-00000001" in str(told.value) and "\n" not in str(told.value)
+    assert not list((tmp_path / "checkpoints" / "tick-00000001").iterdir())
 
 
 def test_select_takes_one_name_and_not_its_namesakes() -> None:

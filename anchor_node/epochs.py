@@ -92,6 +92,7 @@ class Epochs:
             if not self._all_anew:
                 raise
             self._all_anew = self._anchor.roster.started = False
+            self.rounds.work()  # what the others answer is of no use any more
             log.warning("%s", error)
             self._anchor.event(
                 "from_checkpoint", "the stages' logs share no version: the run goes on from its newest checkpoint"

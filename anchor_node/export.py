@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anchor_node.checkpoints import Checkpoint, CheckpointError, found, latest
 from swarm_core.models.architecture import resolve
-from swarm_core.models.export import export
+from swarm_core.models.export import export, own_names
 from swarm_core.run_folder import CHECKPOINTS, MANIFEST_FILE
 
 
@@ -44,8 +44,6 @@ def _weights(path: Path) -> dict[str, Tensor]:
     """The model's own tensors of a shard, not the optimizer's."""
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            ours = [name for name in names if name.startswith("model.") or name == "lm_head.weight"]
-            return {name: file.get_tensor(name) for name in ours}
+            return {name: file.get_tensor(name) for name in own_names(file.keys())}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: this stage's shard cannot be read ({error}); copy it here to export") from None

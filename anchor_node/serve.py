@@ -34,10 +34,12 @@ from swarm_core.data.prompts import encode_prompt
 from swarm_core.errors import UserError
 from swarm_core.exits import leave_terminal
 from swarm_core.learning.latency import FireSchedule, read_trace
+from swarm_core.learning.objective import master_dtype
 from swarm_core.manifest import Manifest, make_manifest
 from swarm_core.models.architecture import eos_ids, fingerprint, read_shape, resolve
+from swarm_core.models.export import describe_parts
 from swarm_core.models.reading import load_tokenizer, open_stage
-from swarm_core.run_folder import ADDRESS_FILE, JOURNAL_FILE, MANIFEST_FILE, make_folder
+from swarm_core.run_folder import ADDRESS_FILE, HF, JOURNAL_FILE, MANIFEST_FILE, make_folder
 from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.health import Health
 from swarm_core.wire.ledger import Ledger
@@ -84,6 +86,9 @@ async def serve(arguments: ServeArguments, *, signals: bool = True) -> str:
         load_rows(config.data.validation)
     screen = _table(config, manifest, memory.tick if memory else resume.tick if resume else 0)
     service = AnchorService(manifest, screen, out, older, Ledger(), memory)
+    if config.checkpoint.hf:
+        dtype = master_dtype(config.run.precision)
+        service.describe = lambda folder: describe_parts(manifest.spans, model_path, folder / HF, dtype)
     # The socket before anything of the run is written: a port in use must not leave a trace in the folder.
     renewals = secure(service.server, arguments.listen, out, arguments.admission)
     address = await service.server.start(arguments.listen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from anchor_node.samplers import EVALUATION, Samplers
 from anchor_node.slow_loop import SlowLoop
 from anchor_node.standing import Noted, tell
 from swarm_core.manifest import Manifest
-from swarm_core.run_folder import checkpoint_name
+from swarm_core.run_folder import CHECKPOINTS, checkpoint_name
 from swarm_core.wire.beats import Pulse
 from swarm_core.wire.errors import BadFrame, PeerLost, Refused, Silent
 from swarm_core.wire.frames import Frame, Header, run_id
@@ -89,6 +89,7 @@ class AnchorService:
         self.epochs = Epochs(self)
         self.screen, self.out, self.ledger = Noted(screen), out, ledger
         self.resuming = Resuming(self, resume)
+        self.describe: Callable[[Path], None] = lambda checkpoint: None  # as a model for transformers
         self.address = "HOST:PORT"  # where a sampler on this machine dials in
         self.tick = max(self.resume.tick if self.resume else 0, self.memory.tick)
         self._open = asyncio.Event()
@@ -391,6 +392,7 @@ class AnchorService:
         if saved.checkpoint not in self.complete:  # what is complete is never written again
             bases = self.slow.keeper.current if self.slow.keeper is not None else None
             keep = self.manifest.config.checkpoint.keep
+            self.describe(self.out / CHECKPOINTS / saved.checkpoint)
             made = complete(self.out, saved.checkpoint, self.digest, shards, keep, bases)
             self.off_host.completed()
             self.complete.add(saved.checkpoint)

@@ -403,6 +403,7 @@ class CheckpointSection(Section):
 
     every: int = knob(100, "ticks between checkpoints; 0 = at the end and on stop", unit="ticks", ge=0)
     keep: int = knob(2, "newest checkpoints that are kept", unit="checkpoints", ge=1)
+    hf: bool = knob(True, "write the model of every checkpoint for transformers, too: a third more bytes")
     off_host: bool = knob(
         True,
         "a stage on another host than the anchor copies its log and its newest shard to the anchor's volume, from which "

@@ -14,6 +14,7 @@ JOURNAL_FILE = "journal.jsonl"
 RECORD_FILE = "rollouts.jsonl"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_INDEX = "index.json"  # over the shards of a checkpoint, written by the anchor
+HF = "hf"  # in a checkpoint's folder: the same weights as a model that transformers loads
 REDO = "redo"
 
 
@@ -41,6 +42,11 @@ def stage_name(stage: int, stages: int) -> str:
 def shard_name(stage: int, stages: int) -> str:
     """A stage's shard, in the folder of a checkpoint."""
     return f"{stage_name(stage, stages)}.safetensors"
+
+
+def hf_name(stage: int, stages: int) -> str:
+    """A stage's layers in the folder HF of a checkpoint, as transformers calls a part of a model."""
+    return f"model-{stage + 1:05d}-of-{stages:05d}.safetensors"
 
 
 def log_name(tick: int) -> str:

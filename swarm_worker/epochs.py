@@ -61,8 +61,9 @@ class Epochs:
         self.redo = Redo(out, stage, self._manifest.stages, membership.digest)
         self._worked = False
         self.rows: list[Report] = []  # of ticks that the anchor may not have in its books
-        keep = config.checkpoint.keep
-        self.saving = Saving(ShardWriter(out, stage, self._manifest.stages, membership.digest, keep), self.redo, thread)
+        saved = config.checkpoint
+        shards = ShardWriter(out, stage, self._manifest.stages, membership.digest, saved.keep, hf=saved.hf)
+        self.saving = Saving(shards, self.redo, thread)
         self.saved: list[Saved] = []  # shards that the anchor may not have heard of
 
     async def find(self) -> Copies:

@@ -11,16 +11,18 @@ import copy
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from swarm_core.errors import UserError
-from swarm_core.run_folder import CHECKPOINT_INDEX, CHECKPOINTS, checkpoint_name, shard_name
+from swarm_core.models.export import own_names
+from swarm_core.run_folder import CHECKPOINT_INDEX, CHECKPOINTS, HF, checkpoint_name, hf_name, shard_name
 from swarm_core.wire.messages import Saved
 from swarm_worker import failpoints
 
@@ -39,45 +41,63 @@ class Shard:
 
 def write_shard(path: Path, shard: Shard) -> tuple[str, int]:
     """Write atomically; returns (sha256 of the file, its size in bytes)."""
+    metadata = {"kedge": json.dumps(shard.meta, sort_keys=True)}
+    with _written(path, shard.tensors, metadata) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size
+
+
+def write_layers(path: Path, shard: Shard) -> None:
+    """The model's own tensors of a shard, as transformers reads them; atomically, too."""
+    with _written(path, {name: shard.tensors[name] for name in own_names(shard.tensors)}, {"format": "pt"}):
+        pass
+
+
+@contextlib.contextmanager
+def _written(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[BinaryIO]:
+    """A file with these tensors, all of it on disk; it gets its name when whoever reads it has done so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.tensors.items()}
-    save_file(tensors, temporary, metadata={"kedge": json.dumps(shard.meta, sort_keys=True)})
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(ready, temporary, metadata=metadata)
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = os.fstat(file.fileno()).st_size
+        yield file
     temporary.rename(path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
-    return digest, size
 
 
 class ShardWriter:
     """Writes one stage's shards below a run folder, on whatever thread calls it; one call at a time."""
 
-    def __init__(self, out: Path, stage: int, stages: int, manifest_digest: str, keep: int = 0) -> None:
-        """Of the shards before the newest `keep` stay (0: all)."""
+    def __init__(
+        self, out: Path, stage: int, stages: int, manifest_digest: str, keep: int = 0, *, hf: bool = False
+    ) -> None:
+        """Of the shards before the newest `keep` stay (0: all). `hf`: the layers of each are written for transformers, too."""
         self._folder = out / CHECKPOINTS
         self._stage = stage
         self._file = shard_name(stage, stages)
+        self._layers = f"{HF}/{hf_name(stage, stages)}" if hf else ""
         self._digest = manifest_digest
         self.keep = keep
 
     def write(self, tick: int, shard: Shard) -> Saved:
         """Write the shard of this tick. Raises ShardError where it cannot be written."""
         name = checkpoint_name(tick)
-        path = self._folder / name / self._file
+        path, layers = self._folder / name / self._file, self._folder / name / self._layers
         shard.meta["manifest_digest"] = self._digest
         try:
+            if self._layers:
+                write_layers(layers, shard)
             failpoints.hit("saving", self._stage, tick)
             digest, size = write_shard(path, shard)
             failpoints.hit("saved", self._stage, tick)
             self._prune(name)
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                path.with_suffix(".tmp").unlink()
+            for torn in (path, layers):
+                with contextlib.suppress(OSError):
+                    torn.with_suffix(".tmp").unlink()
             raise ShardError(
                 f"{path} cannot be written ({error}): make room there, and start this stage again with the same --out"
             ) from None
@@ -102,6 +122,9 @@ class ShardWriter:
             if not (self._folder / name / CHECKPOINT_INDEX).exists():
                 (self._folder / name / self._file).unlink()
                 with contextlib.suppress(OSError):  # another stage's shard is still there
+                    if self._layers:
+                        (self._folder / name / self._layers).unlink(missing_ok=True)
+                        (self._folder / name / HF).rmdir()
                     (self._folder / name).rmdir()
 
 

@@ -68,10 +68,15 @@ class Objective:
         return grpo_loss(logp_M, mb, self.spec, denominators, reference_M, entropy_M)
 
 
+def master_dtype(precision: str) -> torch.dtype:
+    """Of the weights that are trained, saved and exported; `run.precision` says what they are computed with."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
 def make_objective(config: RunConfig, device: torch.device) -> Objective:
     """The objective of a run, on a device: `run.precision` auto is fp32 on a CPU, bf16 over fp32 masters on a GPU."""
     precision = config.run.precision
-    dtype = torch.float64 if precision == "fp64" else torch.float32
+    dtype = master_dtype(precision)
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     compute_dtype = torch.bfloat16 if bf16 else dtype
     chunk = config.swarm.logprob_chunk

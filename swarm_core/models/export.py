@@ -1,20 +1,24 @@
-"""Trained shards back into a directory that transformers loads. No reading of training state, no upload."""
+"""Trained shards back into a directory that transformers loads: all of it, or what goes beside the files that the stages write
+themselves. No reading of training state, no upload.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from swarm_core.learning.partition import whole
+from swarm_core.learning.partition import Span, whole
 from swarm_core.models.architecture import INDEX_FILE, SINGLE_FILE, ModelError, ModelShape, read_json, read_shape
 from swarm_core.models.reading import HEAD, tensor_shapes
+from swarm_core.run_folder import hf_name
 
 # Everything a tokenizer of the three families may consist of, and the sampling defaults. Nothing else is copied: not
 # the old weights, their index, or a model card that describes them.
@@ -59,18 +63,52 @@ def export(
         for stale in (*target.glob("model*.safetensors"), target / INDEX_FILE, target / "config.json"):
             stale.unlink(missing_ok=True)
         _write_weights(tensors, target, written, max_shard_bytes)
-        for name in COPIED_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
-        config = read_json(source / "config.json", "the source's config")
-        config["tie_word_embeddings"] = tied
-        config["dtype"] = str(written).removeprefix("torch.")
-        if "torch_dtype" in config:  # transformers 4 and older vLLM read this spelling
-            config["torch_dtype"] = config["dtype"]
-        _write_json(config, target / "config.json")
+        _describe(source, target, tied, written)
     except OSError as error:
         raise ModelError(f"export to {target}", error, "a writable directory with room", "free space there") from error
     return target
+
+
+def describe_parts(spans: Sequence[Span], src_dir: str | Path, to_dir: str | Path, dtype: torch.dtype) -> None:
+    """Write what makes a model of the files that the stages write below `to_dir`: index, config, tokenizer.
+
+    No file of a stage need be there yet, or ever: they may lie with their stages. Raises ModelError.
+    """
+    source, target = Path(src_dir), Path(to_dir)
+    shape = read_shape(source)
+    weight_map, size = {}, 0
+    for span in spans:
+        for name, dims in tensor_shapes(shape, span).items():
+            weight_map[name] = hf_name(span.stage, span.stages)
+            size += math.prod(dims) * dtype.itemsize
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        _write_index(target, weight_map, size)
+        _describe(source, target, tied=False, dtype=dtype)  # the last stage has a head of its own, in a tied model too
+    except OSError as error:
+        raise ModelError(f"a model in {target}", error, "a writable directory with room", "free space there") from error
+
+
+def own_names(names: Iterable[str]) -> list[str]:
+    """Of the tensors of a shard the model's own, under their checkpoint names; not the optimizer's, or a batch's."""
+    return [name for name in names if name.startswith("model.") or name == HEAD]
+
+
+def _describe(source: Path, target: Path, tied: bool, dtype: torch.dtype) -> None:
+    """Tokenizer, generation defaults and, last, the config."""
+    for name in COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    config = read_json(source / "config.json", "the source's config")
+    config["tie_word_embeddings"] = tied
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if "torch_dtype" in config:  # transformers 4 and older vLLM read this spelling
+        config["torch_dtype"] = config["dtype"]
+    _write_json(config, target / "config.json")
+
+
+def _write_index(target: Path, weight_map: Mapping[str, str], size: int) -> None:
+    _write_json({"metadata": {"total_size": size}, "weight_map": weight_map}, target / INDEX_FILE)
 
 
 def _collect(shards: Sequence[Mapping[str, Tensor]], shape: ModelShape) -> tuple[bool, dict[str, Tensor]]:
@@ -122,7 +160,7 @@ def _write_weights(tensors: Mapping[str, Tensor], target: Path, dtype: torch.dty
         weight_map.update(dict.fromkeys(names, file))
     if total > 1:
         size = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
-        _write_json({"metadata": {"total_size": size}, "weight_map": weight_map}, target / INDEX_FILE)
+        _write_index(target, weight_map, size)
 
 
 def _shares(tensor: Tensor, others: Mapping[str, Tensor]) -> bool:

@@ -85,7 +85,7 @@ class Plan:
             links=LinksSection(fidelity_every=self.probe_every),
             sampler=SamplerSection(overlap=self.overlap),
             # Without copies: a stage that is begun from one may lose ticks, and here none may be.
-            checkpoint=CheckpointSection(every=self.every, keep=self.keep, off_host=False),
+            checkpoint=CheckpointSection(every=self.every, keep=self.keep, off_host=False, hf=False),
         )
         spans = tuple(Span(i, self.stages, i, i + 1) for i in range(self.stages))
         return Manifest(config, spans, 8, VOCAB, "the model")

@@ -54,7 +54,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "engine": "replay", "overlap": False, "batch_size": 3, "record": True, "replay": "/z", "eval_every": 9,
         "eval_prompts": 7, "eval_samples": 2,
     },
-    "checkpoint": {"every": 5, "keep": 9},
+    "checkpoint": {"every": 5, "keep": 9, "hf": False, "off_host": False},
 }  # fmt: skip
 TOGETHER = {
     "sampler.engine": {"replay": "/z"}, "sampler.replay": {"engine": "replay"},

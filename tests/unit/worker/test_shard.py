@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from swarm_worker import shard as shards
 from swarm_worker.shard import Shard, ShardError, ShardWriter, clone_all, read_shard, select, shard_name, write_shard
@@ -163,6 +164,20 @@ def test_what_cannot_be_written_is_one_line_and_takes_no_room(tmp_path: Path, mo
         writer(tmp_path).write(1, small())
     assert "tick-00000001" in str(told.value) and "\n" not in str(told.value)
     assert not list((tmp_path / "checkpoints" / "tick-00000001").iterdir())
+
+
+def test_layers_for_transformers_come_and_go_with_their_shard(tmp_path: Path) -> None:
+    subject = ShardWriter(tmp_path, 1, 2, "ab", 1, hf=True)
+    for tick in (1, 2, 3):
+        subject.write(tick, example())
+    assert held(tmp_path, 1) == [2, 3]
+    layers = sorted(str(path.relative_to(tmp_path / "checkpoints")) for path in tmp_path.glob("checkpoints/*/hf/*"))
+    assert layers == [f"tick-0000000{tick}/hf/model-00002-of-00002.safetensors" for tick in (2, 3)]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["tick-00000002", "tick-00000003"]
+    with safe_open(tmp_path / "checkpoints" / layers[0], framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert list(file.keys()) == ["model.layers.0.weight"], "nothing of the optimizer, or of a batch"
+        assert torch.equal(file.get_tensor("model.layers.0.weight"), example().tensors["model.layers.0.weight"])
 
 
 def test_select_takes_one_name_and_not_its_namesakes() -> None:

@@ -47,8 +47,11 @@ def journal(out: Path) -> list[dict[str, Any]]:
 
 
 def shard(out: Path, tick: int, stage: int, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """Without what a stage has been handed of a batch that begins with this tick: it may be there already, or come next."""
     tensors = read_shard(out / "checkpoints" / f"tick-{tick:08d}" / shard_name(stage, 3)).tensors
-    return {name: t for name, t in tensors.items() if name.startswith(prefixes)}
+    begun = (tick - 1) // 4  # four ticks a batch
+    ahead = tuple(f"batch.{number}." for number in range(begun + 1, begun + 3))
+    return {name: t for name, t in tensors.items() if name.startswith(prefixes) and not name.startswith(ahead)}
 
 
 def sent(out: Path, since: int) -> dict[tuple[str, str, str], int]:

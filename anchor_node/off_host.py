@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from anchor_node.copies import StageCopy
 from anchor_node.roster import Member
+from swarm_core.run_folder import MOST_LOST
 from swarm_core.wire.errors import BadFrame
 from swarm_core.wire.frames import Frame
 from swarm_core.wire.messages import Copies, Copy, CopyWanted, FrameKind, from_bytes
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from anchor_node.service import AnchorService
 
 COPIES = "copies"  # what a run that has finished may still owe
-MOST_LAG = 10  # ticks that the loss of a host may cost; more of them are an event
 LAG = "copy/lag_ticks"
 
 
@@ -94,7 +94,7 @@ class OffHost:
     def numbers(self) -> dict[str, float]:
         """For the row of a tick: how far the copy that is furthest behind is. Says so once, where it is too far."""
         lags = {stage: self._anchor.tick - copy.tick for stage, copy in enumerate(self.copies) if copy.tick}
-        behind = {stage for stage, lag in lags.items() if lag > MOST_LAG}
+        behind = {stage for stage, lag in lags.items() if lag > MOST_LOST}
         for stage in behind - self._behind:
             what = f"the copy of stage {stage} is {lags[stage]} ticks behind: if its host were lost now, so would be these ticks"
             self._anchor.event("copy_behind", what)

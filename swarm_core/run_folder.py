@@ -16,6 +16,9 @@ CHECKPOINTS = "checkpoints"
 CHECKPOINT_INDEX = "index.json"  # over the shards of a checkpoint, written by the anchor
 HF = "hf"  # in a checkpoint's folder: the same weights as a model that transformers loads
 REDO = "redo"
+MOST_LOST = (
+    10  # ticks that the loss of a host may cost: so far behind may a copy be, and so far back can every stage go
+)
 
 
 def make_folder(path: Path, flag: str = "--out") -> Path:

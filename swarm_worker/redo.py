@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import msgpack
 from isal.isal_zlib import crc32
 
-from swarm_core.run_folder import REDO, log_name, stage_name
+from swarm_core.run_folder import MOST_LOST, REDO, log_name, stage_name
 from swarm_core.wire.messages import Decide, Mode
 from swarm_worker.headers import Position
 from swarm_worker.schedule import Op, Stamp
@@ -146,7 +146,7 @@ class Redo:
         """The shard of the version that a file begins with is on disk: from now on what follows is rebuilt from it.
 
         It is on disk when this returns, and nobody may be told of the shard before: he might remove an older one. The
-        files of the newest `keep` bases before the newest one stay (0: all).
+        files of the newest `keep` bases before the newest one stay (0: all), and those of the last MOST_LOST ticks.
         """
         with self._alone:
             for segment in self._segments:
@@ -154,12 +154,18 @@ class Redo:
                     segment.shard = shard
                     self._note_shard(tick, shard)
             bases = [number for number, segment in enumerate(self._segments) if segment.shard is not None]
-            first = bases[-(keep + 1) :][0] if keep else 0
+            first = self._first_to_keep(bases, keep) if keep else 0
             self.sync()
             for old in self._segments[:first]:
                 old.path.unlink(missing_ok=True)
             self._segments = self._segments[first:]
             self._tell()
+
+    def _first_to_keep(self, bases: list[int], keep: int) -> int:
+        """Of the files that are bases, by number. A stage that is lost may come back with a copy that is so far behind."""
+        back = self._segments[-1].versions[-1][0] - MOST_LOST
+        reaching = [number for number in bases if self._segments[number].versions[0][0] <= back]
+        return min(bases[-(keep + 1) :][0], reaching[-1] if reaching else 0)
 
     def decide(self, record: Record) -> None:
         """Stage 0, while nothing is computed: write a decision; it is on disk when this returns."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from swarm_core.errors import UserError
 from swarm_core.models.export import own_names
-from swarm_core.run_folder import CHECKPOINT_INDEX, CHECKPOINTS, HF, checkpoint_name, hf_name, shard_name
+from swarm_core.run_folder import CHECKPOINT_INDEX, CHECKPOINTS, HF, MOST_LOST, checkpoint_name, hf_name, shard_name
 from swarm_core.wire.messages import Saved
 from swarm_worker import failpoints
 
@@ -118,7 +118,12 @@ class ShardWriter:
         """
         names = sorted(path.parent.name for path in self._folder.glob(f"*/{self._file}"))
         past = [name for name in names if name <= newest]
-        for name in past[: -(self.keep + 1)] if self.keep else []:
+        # As redo.py keeps logs: what reaches MOST_LOST ticks back stays as well.
+        reaching = [
+            name for name in past if name <= checkpoint_name(max(0, int(newest.removeprefix("tick-")) - MOST_LOST))
+        ]
+        useless = [name for name in past[: -(self.keep + 1)] if reaching and name < reaching[-1]]
+        for name in useless if self.keep else []:
             if not (self._folder / name / CHECKPOINT_INDEX).exists():
                 (self._folder / name / self._file).unlink()
                 with contextlib.suppress(OSError):  # another stage's shard is still there

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from anchor_node.off_host import MOST_LAG
+from swarm_core.run_folder import MOST_LOST
 from swarm_worker.copying import Copier
 
 
@@ -29,7 +29,7 @@ def test_a_stage_that_is_lost_with_its_host_costs_few_ticks_and_changes_nothing(
     dies(name, stage, tick)
     asyncio.run(swarm.run())
     assert swarm.deaths == 1
-    assert len(lost(swarm)) == 1 and lost(swarm)[0] <= MOST_LAG
+    assert len(lost(swarm)) == 1 and lost(swarm)[0] <= MOST_LOST
     assert (tmp_path / f"run-host-{stage}-1" / "redo").exists()
     swarm.check_equal(calm)
 
@@ -52,7 +52,7 @@ def test_ticks_that_were_not_copied_are_done_again_with_their_checkpoint(
     asyncio.run(swarm.run())
     assert swarm.deaths == 2
     first, second = lost(swarm)
-    assert 6 <= first <= MOST_LAG and second <= 1
+    assert 6 <= first <= MOST_LOST and second <= 1
     assert len(swarm.events("copy_behind")) == 1
     made = [message for message in swarm.events("checkpoint") if "tick-00000008" in message]
     assert len(made) == 1, "the first one's row was of a future that is left"
@@ -65,7 +65,7 @@ def test_two_neighbours_are_lost_at_once(run_file: Path, calm: Any, dies: Callab
     dies("forward", 0, 11)
     dies("forward", 1, 11)
     asyncio.run(swarm.run())
-    assert swarm.deaths >= 2 and all(ticks <= MOST_LAG for ticks in lost(swarm))
+    assert swarm.deaths >= 2 and all(ticks <= MOST_LOST for ticks in lost(swarm))
     swarm.check_equal(calm)
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from swarm_core.wire.messages import Decide, Outcome
+from swarm_worker import redo as redo_file
 from swarm_worker.headers import Position
 from swarm_worker.recovery import undecided
 from swarm_worker.redo import Kind, Record, Redo
@@ -23,6 +24,12 @@ from swarm_worker.schedule import Op, Stamp
 COMMIT = Decide(Outcome.COMMIT, 0.5)
 START = (0, 0)
 Version = tuple[int, int]
+
+
+@pytest.fixture(autouse=True)
+def _no_further_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few ticks are enough to see what is kept; that all of the last MOST_LOST stay has a test of its own."""
+    monkeypatch.setattr(redo_file, "MOST_LOST", 0)
 
 
 def stamp_at(version: Version, epoch: int = 1) -> Stamp:
@@ -546,3 +553,18 @@ class RedoAgainstAList(RuleBasedStateMachine):
 
 TestRedoAgainstAList = RedoAgainstAList.TestCase
 TestRedoAgainstAList.settings = settings(max_examples=25, stateful_step_count=25, deadline=None, derandomize=True)
+
+
+def test_every_stage_can_go_back_as_far_as_a_copy_may_be_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With checkpoints every two ticks, of which two are kept."""
+    monkeypatch.setattr(redo_file, "MOST_LOST", 10)
+    redo, version = begun(tmp_path), START
+    for done in range(1, 31):
+        version = tick(redo, version)
+        if done % 2 == 0:
+            redo.turn(version)
+            redo.settle(done, f"shard {done}", 2)
+        first = redo.extents.files[0].base
+        assert first <= max(0, done - 10) and first >= done - 13

@@ -10,10 +10,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from swarm_worker import shard as shard_file
 from swarm_worker import shard as shards
 from swarm_worker.shard import Shard, ShardError, ShardWriter, clone_all, read_shard, select, shard_name, write_shard
 
 META = {"tick": 12, "lineage": 2**64 - 1, "lead": None, "gate": {"increments": [0.1, 1e-300]}, "word": "é"}
+
+
+@pytest.fixture(autouse=True)
+def _no_further_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few ticks are enough to see what is kept; that all of the last MOST_LOST stay has a test of its own."""
+    monkeypatch.setattr(shard_file, "MOST_LOST", 0)
 
 
 def example() -> Shard:
@@ -193,3 +200,15 @@ def test_clones_do_not_move_with_training() -> None:
     with torch.no_grad():
         weight += 1
     assert clone.tolist() == [1, 1] and not clone.requires_grad
+
+
+def test_shards_reach_as_far_back_as_the_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With checkpoints every two ticks, of which one is kept; every ten ticks it is as if nothing reached back."""
+    monkeypatch.setattr(shard_file, "MOST_LOST", 10)
+    ours, rare = writer(tmp_path, keep=1), writer(tmp_path / "rare", keep=1)
+    for tick in range(2, 31, 2):
+        ours.write(tick, small())
+    for tick in range(10, 51, 10):
+        rare.write(tick, small())
+    assert held(tmp_path) == [20, 22, 24, 26, 28, 30]
+    assert held(tmp_path / "rare") == [40, 50]

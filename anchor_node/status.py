@@ -98,14 +98,24 @@ def page(found: dict[str, Any]) -> Group:
         ),
     ]
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for name in ("member", "address", "state", "tick", "reported", "copied", "last heard", "awaits"):
+    copies = ["copied"] if any(stage.get("copied_tick") for stage in found["stages"]) else []
+    for name in ("member", "address", "state", "tick", "reported", *copies, "last heard", "awaits"):
         table.add_column(name, no_wrap=name != "awaits", overflow="fold")
     for stage in found["stages"]:
-        table.add_row(f"stage {stage['stage']}", *_cells(stage), style=_style(stage))
+        table.add_row(f"stage {stage['stage']}", *_cells(stage, bool(copies)), style=_style(stage))
     for sampler in found["samplers"]:
-        table.add_row("sampler", *_cells(sampler), style=_style(sampler))
+        table.add_row("sampler", *_cells(sampler, bool(copies)), style=_style(sampler))
     if not found["samplers"]:
-        table.add_row("sampler", "", "none", "", "", "", "", f"start: swarm_worker sample --anchor {found['address']}")
+        table.add_row(
+            "sampler",
+            "",
+            "none",
+            "",
+            "",
+            *([""] if copies else []),
+            "",
+            f"start: swarm_worker sample --anchor {found['address']}",
+        )
     facts = [
         ("checkpoint", _told(found["checkpoint"]) or found["resumed_from"] or "none yet", ""),
         (
@@ -127,7 +137,7 @@ def page(found: dict[str, Any]) -> Group:
     return Group(*lines, Text(), table, Text(), grid)
 
 
-def _cells(member: dict[str, Any]) -> list[str]:
+def _cells(member: dict[str, Any], copies: bool) -> list[str]:
     awaits = member.get("awaits") or ""
     if awaits:
         awaits = f"{awaits}, for {seconds(member['awaits_s'])}"
@@ -138,7 +148,8 @@ def _cells(member: dict[str, Any]) -> list[str]:
     )
     heard = f"{seconds(member['silent_s'])} ago" if "silent_s" in member else ""
     tick, reported = member.get("tick"), member.get("report_tick")
-    shown = ["" if value is None else str(value) for value in (tick, reported, member.get("copied_tick"))]
+    counts = (tick, reported, *([member.get("copied_tick")] if copies else []))
+    shown = ["" if value is None else str(value) for value in counts]
     return [member.get("address") or "", state, *shown, heard, awaits]
 
 

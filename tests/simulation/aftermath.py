@@ -15,15 +15,15 @@ from swarm_core.wire.rollouts import read_rollouts, rollouts_message
 from swarm_worker.stage_zero import batch_of
 
 
-def check_end(plan: Plan, judge: Judge, out: Path, *, stage_0_died: bool) -> None:
-    """All ticks, once each, in journal and books. Raises Objection."""
+def check_end(plan: Plan, judge: Judge, out: Path, host: Path, *, stage_0_died: bool) -> None:
+    """All ticks, once each, in journal (of stage 0's `host`) and books. Raises Objection."""
     assert judge.published is not None
     version, lines = judge.published, []
     while version[0] > 0:
         lines.append(judge.decisions[version])
         version = judge.parents[version]
     lines.reverse()
-    journal = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
+    journal = [json.loads(line) for line in (host / "journal.jsonl").read_text().splitlines()]
     told = [(s.tick, s.epoch, f"{s.lineage:016x}", d.coefficient.hex()) for s, d in lines]
     if told != [(row["tick"], row["epoch"], row["lineage"], row["coefficient"]) for row in journal]:
         judge.object("the journal is not what was decided")

@@ -44,6 +44,7 @@ class Plan:
     power: float = 0.4  # share of deaths that take what was not synced
     failpoint: float = 0.004  # chance to die at each named point and each sync
     speed: tuple[float, ...] = (0.05,)
+    apart: bool = False  # every stage has a host of its own, which may be lost with it; the anchor has copies
     slow_disk: float = 1.0  # how much longer than a command the writing of a shard takes
 
     @classmethod
@@ -84,8 +85,8 @@ class Plan:
             ),
             links=LinksSection(fidelity_every=self.probe_every),
             sampler=SamplerSection(overlap=self.overlap),
-            # Without copies: a stage that is begun from one may lose ticks, and here none may be.
-            checkpoint=CheckpointSection(every=self.every, keep=self.keep, off_host=False, hf=False),
+            # A stage that is begun from a copy may lose ticks; where all share a disk, none may be.
+            checkpoint=CheckpointSection(every=self.every, keep=self.keep, off_host=self.apart, hf=False),
         )
         spans = tuple(Span(i, self.stages, i, i + 1) for i in range(self.stages))
         return Manifest(config, spans, 8, VOCAB, "the model")

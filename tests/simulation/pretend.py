@@ -19,6 +19,7 @@ from codec.errors import ReferenceMismatch
 from swarm_core.learning.batch import Batch
 from swarm_core.learning.grpo import LossSpec
 from swarm_core.manifest import Manifest
+from swarm_core.run_folder import MOST_LOST
 from swarm_core.wire.messages import BatchData, Decide, Mode, Outcome, from_bytes, to_bytes
 from swarm_core.wire.rollouts import batch_data, read_batch
 from swarm_worker.compute import Tally
@@ -54,6 +55,7 @@ class Judge:
     lines: dict[tuple[int, int], int] = field(default_factory=dict)  # (epoch, tick) -> lineage
     worked: dict[tuple[int, int], object] = field(default_factory=dict)  # (stage, epoch) -> who
     bases: dict[int, str] = field(default_factory=dict)
+    lost_hosts: int = 0  # of which nobody has gone back yet
 
     def object(self, what: str, cause: BaseException | None = None) -> None:
         """Note it, and stop whoever did it."""
@@ -80,11 +82,15 @@ class Judge:
             self.published = after.tick, after.lineage
 
     def starts(self, epoch: int, version: Version) -> None:
-        """The anchor names where an epoch begins."""
+        """The anchor names where an epoch begins. A host that was lost excuses that the run goes back with its copy, once."""
         if self.published is not None and not self._contains_published(version):
-            self.object(
-                f"epoch {epoch} begins at tick {version[0]}, and tick {self.published[0] - 1} is lost, though it was told"
-            )
+            lost = self.published[0] - version[0]
+            if not self.lost_hosts or lost > MOST_LOST:
+                self.object(
+                    f"epoch {epoch} begins at tick {version[0]}, and tick {self.published[0] - 1} is lost, though it was told"
+                )
+            self.lost_hosts -= 1
+            self.note("went back")
         self.published = version  # which everybody is told
 
     def _contains_published(self, version: Version) -> bool:

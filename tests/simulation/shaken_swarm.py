@@ -101,6 +101,9 @@ class ShakenSwarm:
         self.reason = ""
         self.begun, self.stormy = False, True
         self.deaths = [0] * plan.stages
+        self.hosts = [self.out] * plan.stages  # the folder of each stage
+        if plan.apart:
+            self.hosts = [folder / f"host {stage}" for stage in range(plan.stages)]
         self._pretend(monkey)
 
     # What is pretended ---------------------------------------------------------------------------------------------------
@@ -210,8 +213,7 @@ class ShakenSwarm:
 
     def _begun(self) -> bool:
         """Whether every stage has its log. Who dies in the very first start, before anything was trained, leaves nothing."""
-        folder = self.out / "redo"
-        return folder.is_dir() and len(list(folder.glob("*/tick-00000000.log"))) == self.plan.stages
+        return len({log for host in self.hosts for log in host.glob("redo/*/tick-00000000.log")}) == self.plan.stages
 
     def _may_lose_anchor(self) -> bool:
         return (
@@ -234,7 +236,8 @@ class ShakenSwarm:
         self.deaths[stage] += 1
         power = self.rng.random() < self.plan.power
         self._kill(process, silent=power)
-        folder = self.out / "redo" / f"stage-{stage:02d}-of-{self.plan.stages:02d}"
+        host = self.hosts[stage]
+        folder = host / "redo" / f"stage-{stage:02d}-of-{self.plan.stages:02d}"
         sizes = {path: path.stat().st_size for path in folder.glob("*.log")}
         epochs = getattr(shell, "epochs", None)
         if epochs is not None:
@@ -244,8 +247,13 @@ class ShakenSwarm:
         if power:
             self.judge.note("power cuts")
             self.disk.power_cut(folder)
-            for checkpoint in sorted((self.out / "checkpoints").glob("tick-*")):
+            for checkpoint in sorted((host / "checkpoints").glob("tick-*")):
                 self.disk.power_cut(checkpoint, f"{folder.name}.")
+        copied = self.anchor is not None and self.anchor[1].off_host.copies[stage].tick > 0
+        if self.plan.apart and copied and self.rng.random() < 0.4:
+            self.judge.note("hosts lost")
+            self.judge.lost_hosts += 1
+            self.hosts[stage] = self.out.with_name(f"host {stage}, {self.loop.now}")
 
     # The processes -----------------------------------------------------------------------------------------------------
 
@@ -269,8 +277,10 @@ class ShakenSwarm:
             await asyncio.sleep(self.rng.uniform(0.2, 5.0))
 
     async def _stage(self, stage: int, process: Process) -> None:
-        arguments = StageArguments(stage, ANCHOR, f"10.0.0.{stage}:0", out=self.out, wait_s=600.0, entry=PLAIN)
-        if self.begun and self.stormy and self.rng.random() < 0.05:  # somebody has the wrong folder
+        arguments = StageArguments(stage, ANCHOR, f"10.0.0.{stage}:0", out=self.hosts[stage], wait_s=600.0, entry=PLAIN)
+        if (
+            self.begun and self.stormy and not self.plan.apart and self.rng.random() < 0.05
+        ):  # somebody has the wrong folder
             self.judge.note("strangers")
             process.name += ", a stranger"
             arguments = replace(arguments, out=self.out.with_name(f"stranger {self.loop.now}"))
@@ -397,7 +407,7 @@ class ShakenSwarm:
             if not self.judge.trouble:
                 if self.reason != f"all {self.plan.ticks} ticks are done":
                     self.judge.object(f"the run ends with {self.reason!r}")
-                check_end(self.plan, self.judge, self.out, stage_0_died=self.deaths[0] > 0)
+                check_end(self.plan, self.judge, self.out, self.hosts[0], stage_0_died=self.deaths[0] > 0)
         except (Objection, Stuck) as error:
             self._object(str(error))
         finally:

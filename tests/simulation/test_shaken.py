@@ -46,6 +46,15 @@ def test_whatever_happens_no_tick_is_lost_or_half_applied_and_the_run_goes_on(pa
     assert {name: happened[name] for name, least in wanted.items() if happened[name] < least} == {}, "too calm a day"
 
 
+def test_hosts_that_are_lost_cost_what_their_copies_are_behind_and_the_run_goes_on(tmp_path: Path) -> None:
+    happened: Counter[str] = Counter()
+    for seed in range(FIRST, FIRST + SEEDS // 4):
+        swarm = shake(seed, tmp_path / str(seed), apart=True)
+        assert not swarm.judge.trouble, f"seed {seed}, {swarm.plan}: {swarm.judge.trouble}"
+        happened.update(swarm.judge.happened)
+    assert happened["hosts lost"] >= 15 and happened["went back"] >= 1, happened
+
+
 def test_a_seed_is_always_the_same_run(tmp_path: Path) -> None:
     first, second = (shake(4, tmp_path / name) for name in ("one", "two"))
     assert first.judge.happened == second.judge.happened and first.loop.now == second.loop.now

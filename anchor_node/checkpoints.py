@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from swarm_core.durable import replace
 from swarm_core.errors import UserError
 from swarm_core.manifest import OUTSIDE_DIGEST, Manifest
 from swarm_core.run_folder import CHECKPOINT_INDEX as INDEX
@@ -55,8 +55,7 @@ def complete(
     folder = out / CHECKPOINTS / name
     folder.mkdir(parents=True, exist_ok=True)
     if bases is not None:
-        (folder / BASES).write_bytes(to_bytes(bases))
-        _sync(folder / BASES)
+        replace(folder / BASES, to_bytes(bases))
     tick = shards[0].tick
     index = {
         "tick": tick,
@@ -64,9 +63,8 @@ def complete(
         "stages": len(shards),
         "shards": {str(stage): asdict(saved) for stage, saved in sorted(shards.items())},
     }
-    _write_synced(folder / INDEX, json.dumps(index, indent=1) + "\n")
-    _write_synced(folder / MARKER, f"{tick}\n")
-    _sync(folder)
+    replace(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    replace(folder / MARKER, f"{tick}\n".encode())
     for old in found(out)[:-keep] if keep else []:
         # The marker goes first: a half-deleted checkpoint must not look complete.
         (old.folder / MARKER).unlink()
@@ -167,21 +165,3 @@ def load_bases(checkpoint: Checkpoint) -> BasisSet:
         return from_bytes(BasisSet, path.read_bytes())
     except (OSError, BadFrame) as error:
         raise CheckpointError(f"{path}: the bases cannot be read ({error}); they are needed to resume") from None
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)

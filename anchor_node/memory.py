@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from swarm_core.durable import replace
 from swarm_core.wire.messages import BasisSet, from_bytes, to_bytes
 
 FOLDER, STATE, BASES = "anchor", "state.json", "bases.pb"
@@ -60,7 +60,8 @@ class Memory:
 
     def save(self, out: Path, *, sync: bool = False) -> None:
         """Replace the file in one step: kill -9 leaves the old or the new one. Without `sync` a power cut may lose rows."""
-        _replace(out / FOLDER / STATE, json.dumps(asdict(self)).encode(), sync=sync)
+        (out / FOLDER).mkdir(parents=True, exist_ok=True)
+        replace(out / FOLDER / STATE, json.dumps(asdict(self)).encode(), synced=sync)
 
 
 def recall(out: Path, digest: str) -> Memory | None:
@@ -79,20 +80,10 @@ def recall(out: Path, digest: str) -> Memory | None:
 
 def keep_bases(out: Path, bases: BasisSet) -> None:
     """Write a version before it is broadcast: no other one may ever bear its number."""
-    _replace(out / FOLDER / BASES, to_bytes(bases), sync=True)
+    (out / FOLDER).mkdir(parents=True, exist_ok=True)
+    replace(out / FOLDER / BASES, to_bytes(bases))
 
 
 def kept_bases(out: Path) -> BasisSet:
     """The version that was broadcast last. Raises BadFrame, OSError."""
     return from_bytes(BasisSet, (out / FOLDER / BASES).read_bytes())
-
-
-def _replace(path: Path, data: bytes, *, sync: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(path)

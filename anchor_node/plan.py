@@ -93,8 +93,8 @@ def print_plan(config: RunConfig) -> None:
     if config.checkpoint.off_host:
         often = f"every {config.checkpoint.every} ticks" if config.checkpoint.every else "at the end"
         console.print(
-            f"a stage on a host of its own sends its log to the anchor, at most {byte_text(forward + backward)} a tick and as "
-            f"much less as its links, and its shard, up to {byte_text(largest * SHARD_BYTES)}, {often}"
+            f"a stage on a host of its own sends what it receives once more to the anchor, at most "
+            f"{byte_text(forward + backward)} a tick, and its shard, up to {byte_text(largest * SHARD_BYTES)}, {often}"
         )
     for mbps in (50, 100, 500):
         seconds = max(forward, backward) * 8 / mbps / 1e6

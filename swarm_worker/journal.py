@@ -7,6 +7,7 @@ import math
 import os
 from pathlib import Path
 
+from swarm_core.durable import replace
 from swarm_core.wire.messages import Decide, Outcome
 from swarm_worker.schedule import Stamp
 
@@ -20,7 +21,7 @@ class Journal:
         if path.exists():
             lines = path.read_text(errors="replace").splitlines()
             kept = [line + "\n" for line in lines if _tick_of(line) in range(resume_at)]
-            _replace(path, "".join(kept))
+            replace(path, "".join(kept).encode())
         self._file = path.open("a")
 
     def write(self, stamp: Stamp, decide: Decide, norm: float, fault: str = "") -> None:
@@ -50,16 +51,6 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file anew, so that at every moment either the old or the new one is whole on disk."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
 
 
 def _tick_of(line: str) -> int:

@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 import msgpack
 from isal.isal_zlib import crc32
 
+from swarm_core.durable import sync
 from swarm_core.run_folder import MOST_LOST, REDO, log_name, stage_name
 from swarm_core.wire.messages import Decide, Mode
 from swarm_worker.headers import Position
@@ -187,7 +188,7 @@ class Redo:
         for record in list(self._stock.values()):
             self.append(record)
         self.sync(aged=aged)
-        _sync(self.folder)
+        sync(self.folder)
 
     def append(self, record: Record) -> None:
         """Write a record; it is on disk after the next `sync`."""
@@ -253,12 +254,12 @@ class Redo:
                 self._segments = []
             self.start_id = about["start"]
             self._segments.append(segment)
-            _sync(path)
+            sync(path)
         said = {tick: shard for segment in self._segments for tick, shard in segment.shards.items()}
         for segment in self._segments:
             segment.shard = said.get(segment.versions[0][0]) if segment.shard is None else segment.shard
         if self._segments:
-            _sync(self.folder)
+            sync(self.folder)
         self._tell(aged=True)
 
     def versions(self, shards: set[int]) -> list[Version]:
@@ -332,7 +333,7 @@ class Redo:
             if older.shard:
                 self._note_shard(older.versions[0][0], older.shard)
         self.sync(aged=True)
-        _sync(self.folder)  # a file of that future must not come back behind a power cut
+        sync(self.folder)  # a file of that future must not come back behind a power cut
         return left
 
 
@@ -408,10 +409,3 @@ def _record(body: bytes) -> Record:
 
 def _rollouts(segment: _Segment, start: int) -> list[Record]:
     return [record for end, record in _read(segment.path) if end > start and record.kind is Kind.ROLLOUTS]
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from swarm_core.durable import sync
 from swarm_core.errors import UserError
 from swarm_core.models.export import own_names
 from swarm_core.run_folder import CHECKPOINT_INDEX, CHECKPOINTS, HF, MOST_LOST, checkpoint_name, hf_name, shard_name
@@ -63,9 +64,7 @@ def _written(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -
         os.fsync(file.fileno())
         yield file
     temporary.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    sync(path.parent)
 
 
 class ShardWriter:

@@ -33,7 +33,9 @@ import anchor_node.service
 import swarm_worker.epochs
 import swarm_worker.membership
 import swarm_worker.recovery
+import swarm_worker.redo
 import swarm_worker.service
+import swarm_worker.shard
 import swarm_worker.stage_process
 import swarm_worker.worker
 from anchor_node.books import Books
@@ -113,6 +115,9 @@ class ShakenSwarm:
         monkey.setattr(time, "monotonic", loop.time)
         monkey.setattr(secrets, "randbits", self.rng.getrandbits)
         monkey.setattr(os, "fsync", self._fsync)
+        if not self.plan.apart:  # else hardly any file would go in so few ticks, and none be missed
+            monkey.setattr(swarm_worker.redo, "MOST_LOST", 0)
+            monkey.setattr(swarm_worker.shard, "MOST_LOST", 0)
         monkey.setattr(failpoints, "hit", self._hit)
         for module in (swarm_worker.stage_process, swarm_worker.membership):
             monkey.setattr(module, "dial", self.wan.dial)

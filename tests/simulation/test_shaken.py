@@ -195,7 +195,7 @@ def fence_heard_once(monkey: Monkey) -> None:
         (naive, "which stage 0 has not decided so", {}),
         (dup_start, "for a second time", {}),
         (epoch_forgotten, "for a second time|no progress|two histories", {}),
-        (no_fence, "a link of epoch", {"stages": 4, "rate": 0.3, "speed": (0.02, 0.3, 1.0, 1.0)}),
+        (no_fence, "a link of epoch", {"stages": 4, "rate": 0.3, "speed": (0.02, 0.3, 1.0, 1.0), "slow_disk": 1.0}),
         (log_gc, "damaged|is lost|holds nothing|holds ticks", {"every": 1}),
         (base_too_early, "cannot be rebuilt|is lost|holds nothing|holds ticks", {"every": 1, "slow_disk": 100.0}),
         (said_too_early, "damaged|is lost|holds nothing|holds ticks|cannot be rebuilt", {"every": 1, "keep": 1}),

@@ -137,8 +137,12 @@ class Restoring:
             journal.replace(before)
         for name in names:
             (self._out / name).parent.mkdir(parents=True, exist_ok=True)
+            sync(self._staging / name)
             (self._staging / name).replace(self._out / name)
-            sync(self._out / name)
+            for folder in (self._out / name).parents:  # a power cut must not take a name that this stage will count on
+                sync(folder)
+                if folder == self._out:
+                    break
         shutil.rmtree(self._staging)
         log.info("stage %d: its state is here", self._stage)
 
